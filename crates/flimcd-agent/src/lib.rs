@@ -1,0 +1,1 @@
+//! The flimcd daemon: wires volumes, machines and links together

@@ -1,0 +1,1 @@
+//! Fingerprints and block encodings of flimcd

@@ -1,0 +1,1 @@
+//! WAN emulator, checked loads, trace readers and benchmarks for flimcd

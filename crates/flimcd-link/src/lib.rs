@@ -1,0 +1,1 @@
+//! Several TCP connections with mutual TLS as one link between two agents

@@ -1,0 +1,1 @@
+//! The sans-IO source and target machines of a migration, and their policies

@@ -1,0 +1,1 @@
+//! NBD server over flimcd volumes, and a small client

@@ -1,0 +1,1 @@
+//! Seeded simulator of whole migrations with fault injection and checkers

@@ -1,0 +1,1 @@
+//! Volumes: the rules every guest request and transfer meets, back ends, durable state

@@ -1,0 +1,1 @@
+//! Messages between two flimcd agents, their codec and version negotiation
