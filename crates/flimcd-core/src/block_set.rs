@@ -16,7 +16,8 @@ const WORDS: usize = 512;
 enum Page {
     Empty,
     Full,
-    Mixed(Box<[u64; WORDS]>),
+    /// Some blocks but not all: their bits and how many they are.
+    Mixed(Box<[u64; WORDS]>, u32),
 }
 
 /// A set of blocks, all below the number of blocks that it was made for.
@@ -35,14 +36,22 @@ impl BlockSet {
     #[must_use]
     pub fn new(blocks: u64) -> Self {
         let pages = vec![Page::Empty; to_index(blocks.div_ceil(PAGE_BLOCKS))];
-        Self { pages, blocks, count: 0 }
+        Self {
+            pages,
+            blocks,
+            count: 0,
+        }
     }
 
     /// Every block of a volume of `blocks` blocks.
     #[must_use]
     pub fn full(blocks: u64) -> Self {
         let pages = vec![Page::Full; to_index(blocks.div_ceil(PAGE_BLOCKS))];
-        Self { pages, blocks, count: blocks }
+        Self {
+            pages,
+            blocks,
+            count: blocks,
+        }
     }
 
     /// Number of blocks of the volume, in the set or not.
@@ -72,7 +81,7 @@ impl BlockSet {
         match &self.pages[to_index(block.0 / PAGE_BLOCKS)] {
             Page::Empty => false,
             Page::Full => true,
-            Page::Mixed(words) => {
+            Page::Mixed(words, _) => {
                 let bit = block.0 % PAGE_BLOCKS;
                 words[to_index(bit / 64)] >> (bit % 64) & 1 == 1
             }
@@ -106,7 +115,10 @@ impl BlockSet {
     /// # Panics
     /// When the range reaches beyond the volume.
     pub fn insert_range(&mut self, range: BlockRange) -> u64 {
-        assert!(range.is_empty() || range.end <= self.blocks, "{range:?} is beyond the volume");
+        assert!(
+            range.is_empty() || range.end <= self.blocks,
+            "{range:?} is beyond the volume"
+        );
         let added = self.change(range, true);
         self.count += added;
         added
@@ -144,11 +156,12 @@ impl BlockSet {
                     changed += end - at;
                 }
                 _ => {
-                    let words = mixed(page, page_end - page_start);
-                    changed += change_bits(words, at - page_start, end - page_start, value);
                     let full = page_end - page_start;
-                    let ones: u64 = words.iter().map(|w| u64::from(w.count_ones())).sum();
-                    if ones == if value { full } else { 0 } {
+                    let (words, ones) = mixed(page, full);
+                    let bits = change_bits(words, at - page_start, end - page_start, value);
+                    *ones = if value { *ones + bits } else { *ones - bits };
+                    changed += u64::from(bits);
+                    if u64::from(*ones) == if value { full } else { 0 } {
                         *page = uniform;
                     }
                 }
@@ -177,7 +190,7 @@ impl BlockSet {
             match (&self.pages[to_index(number)], value) {
                 (Page::Full, true) | (Page::Empty, false) => return Some(at),
                 (Page::Full, false) | (Page::Empty, true) => at = next_page,
-                (Page::Mixed(words), _) => {
+                (Page::Mixed(words, _), _) => {
                     let bit = at % PAGE_BLOCKS;
                     let word = words[to_index(bit / 64)];
                     let word = (if value { word } else { !word }) >> (bit % 64);
@@ -235,7 +248,11 @@ impl BlockSet {
     /// Bytes of memory that the set holds.
     #[must_use]
     pub fn memory_bytes(&self) -> usize {
-        let mixed = self.pages.iter().filter(|p| matches!(p, Page::Mixed(_))).count();
+        let mixed = self
+            .pages
+            .iter()
+            .filter(|p| matches!(p, Page::Mixed(..)))
+            .count();
         self.pages.capacity() * size_of::<Page>() + mixed * WORDS * 8
     }
 }
@@ -259,22 +276,24 @@ fn to_index(n: u64) -> usize {
     usize::try_from(n).expect("a page index fits in memory")
 }
 
-/// The page's bitmap, made first where the page was uniform. `len` is the number of blocks on it.
-fn mixed(page: &mut Page, len: u64) -> &mut [u64; WORDS] {
-    if !matches!(page, Page::Mixed(_)) {
+/// The page's bits and their count, made first where the page was uniform. `len` is the number of
+/// blocks on it.
+fn mixed(page: &mut Page, len: u64) -> (&mut [u64; WORDS], &mut u32) {
+    if !matches!(page, Page::Mixed(..)) {
         let mut words = Box::new([0; WORDS]);
-        if matches!(page, Page::Full) {
-            change_bits(&mut words, 0, len, true);
-        }
-        *page = Page::Mixed(words);
+        let ones = match page {
+            Page::Full => change_bits(&mut words, 0, len, true),
+            _ => 0,
+        };
+        *page = Page::Mixed(words, ones);
     }
     match page {
-        Page::Mixed(words) => words,
+        Page::Mixed(words, ones) => (words, ones),
         Page::Empty | Page::Full => unreachable!("made mixed above"),
     }
 }
 
-fn change_bits(words: &mut [u64; WORDS], start: u64, end: u64, value: bool) -> u64 {
+fn change_bits(words: &mut [u64; WORDS], start: u64, end: u64, value: bool) -> u32 {
     let mut changed = 0;
     let mut at = start;
     while at < end {
@@ -284,7 +303,7 @@ fn change_bits(words: &mut [u64; WORDS], start: u64, end: u64, value: bool) -> u
         let mask = (u64::MAX << low) & (u64::MAX >> (64 - high));
         let before = *word;
         *word = if value { before | mask } else { before & !mask };
-        changed += u64::from((before ^ *word).count_ones());
+        changed += (before ^ *word).count_ones();
         at = at - low + 64;
     }
     changed
@@ -367,7 +386,10 @@ mod tests {
         assert!(set.memory_bytes() <= 128 << 10, "{}", set.memory_bytes());
         set.remove(BlockIndex(5));
         set.insert(BlockIndex(5));
-        assert!(set.memory_bytes() <= 128 << 10, "a page that is full again gives its bitmap back");
+        assert!(
+            set.memory_bytes() <= 128 << 10,
+            "a page that is full again gives its bitmap back"
+        );
         assert_eq!(set.count_in(BlockRange::new(3, 9)), 6);
     }
 

@@ -25,13 +25,19 @@ impl Heat {
     #[must_use]
     pub fn new(size: VolumeSize, half_life: Duration, now: Time) -> Self {
         let pages = size.chunks().div_ceil(PAGE_CHUNKS);
-        Self { pages: (0..pages).map(|_| None).collect(), half_life, halved: now }
+        Self {
+            pages: (0..pages).map(|_| None).collect(),
+            half_life,
+            halved: now,
+        }
     }
 
     /// Counts `events` on `chunk` at `now`.
     pub fn add(&mut self, chunk: ChunkIndex, events: u64, now: Time) {
         self.decay(now);
-        let Some(page) = self.pages.get_mut(index(chunk.0 / PAGE_CHUNKS)) else { return };
+        let Some(page) = self.pages.get_mut(index(chunk.0 / PAGE_CHUNKS)) else {
+            return;
+        };
         let page = page.get_or_insert_with(|| vec![0; index(PAGE_CHUNKS)].into());
         let slot = &mut page[index(chunk.0 % PAGE_CHUNKS)];
         let add = u16::try_from(events.saturating_mul(u64::from(UNIT))).unwrap_or(u16::MAX);
@@ -44,7 +50,9 @@ impl Heat {
         self.pages
             .get(index(chunk.0 / PAGE_CHUNKS))
             .and_then(Option::as_ref)
-            .map_or(0.0, |page| f64::from(page[index(chunk.0 % PAGE_CHUNKS)]) / f64::from(UNIT))
+            .map_or(0.0, |page| {
+                f64::from(page[index(chunk.0 % PAGE_CHUNKS)]) / f64::from(UNIT)
+            })
     }
 
     /// Halves every count once for each half-life passed.
@@ -89,6 +97,9 @@ mod tests {
         assert!((heat.get(ChunkIndex(70_000)) - 2.0).abs() < 1e-9);
         heat.decay(Time::ZERO + second * 1000);
         assert!(heat.get(ChunkIndex(70_000)).abs() < 1e-9);
-        assert!(heat.pages.iter().all(Option::is_none), "cold pages are given back");
+        assert!(
+            heat.pages.iter().all(Option::is_none),
+            "cold pages are given back"
+        );
     }
 }

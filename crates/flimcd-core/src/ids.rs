@@ -95,7 +95,10 @@ pub struct InvalidName {
 
 impl InvalidName {
     fn new(name: &str, reason: &'static str) -> Self {
-        Self { name: name.chars().take(MAX_NAME_BYTES).collect(), reason }
+        Self {
+            name: name.chars().take(MAX_NAME_BYTES).collect(),
+            reason,
+        }
     }
 }
 
@@ -106,11 +109,20 @@ fn check_name(name: &str) -> Result<(), InvalidName> {
     if name.len() > MAX_NAME_BYTES {
         return Err(InvalidName::new(name, "it is longer than 64 characters"));
     }
-    if !name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b)) {
-        return Err(InvalidName::new(name, "use letters, digits, '-', '_' and '.' only"));
+    if !name
+        .bytes()
+        .all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+    {
+        return Err(InvalidName::new(
+            name,
+            "use letters, digits, '-', '_' and '.' only",
+        ));
     }
     if !name.as_bytes()[0].is_ascii_alphanumeric() {
-        return Err(InvalidName::new(name, "it must begin with a letter or a digit"));
+        return Err(InvalidName::new(
+            name,
+            "it must begin with a letter or a digit",
+        ));
     }
     Ok(())
 }
@@ -176,7 +188,17 @@ mod tests {
 
     #[test]
     fn names_that_could_leave_a_directory_are_refused() {
-        for bad in ["", ".", "..", "a/b", ".hidden", "-x", "a b", "ä", &"x".repeat(65)] {
+        for bad in [
+            "",
+            ".",
+            "..",
+            "a/b",
+            ".hidden",
+            "-x",
+            "a b",
+            "ä",
+            &"x".repeat(65),
+        ] {
             assert!(bad.parse::<VolumeName>().is_err(), "{bad:?}");
         }
         for good in ["a", "vm-1.raw", "0", &"x".repeat(64)] {

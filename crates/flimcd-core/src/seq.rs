@@ -71,7 +71,10 @@ impl SeqSet {
     /// Whether `seq` is in it.
     #[must_use]
     pub fn contains(&self, seq: Seq) -> bool {
-        self.runs.range(..=seq.0).next_back().is_some_and(|(_, &end)| seq.0 < end)
+        self.runs
+            .range(..=seq.0)
+            .next_back()
+            .is_some_and(|(_, &end)| seq.0 < end)
     }
 
     /// Whether nothing is in it.
@@ -98,7 +101,9 @@ impl FromIterator<(u64, u64)> for SeqSet {
 
 impl fmt::Debug for SeqSet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_set().entries(self.runs().map(|(s, e)| s..e)).finish()
+        f.debug_set()
+            .entries(self.runs().map(|(s, e)| s..e))
+            .finish()
     }
 }
 

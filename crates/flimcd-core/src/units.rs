@@ -61,7 +61,10 @@ impl BlockRange {
     /// The single block `block`.
     #[must_use]
     pub const fn single(block: BlockIndex) -> Self {
-        Self { start: block.0, end: block.0 + 1 }
+        Self {
+            start: block.0,
+            end: block.0 + 1,
+        }
     }
 
     /// Number of blocks.
@@ -79,7 +82,10 @@ impl BlockRange {
     /// The blocks that both runs have.
     #[must_use]
     pub fn intersect(self, other: Self) -> Self {
-        Self { start: self.start.max(other.start), end: self.end.min(other.end) }
+        Self {
+            start: self.start.max(other.start),
+            end: self.end.min(other.end),
+        }
     }
 
     /// Whether the runs share a block.
@@ -132,7 +138,10 @@ impl ByteRange {
     /// `length` bytes from `offset`.
     #[must_use]
     pub const fn at(offset: u64, length: u64) -> Self {
-        Self { start: offset, end: offset + length }
+        Self {
+            start: offset,
+            end: offset + length,
+        }
     }
 
     /// Number of bytes.
@@ -252,7 +261,10 @@ mod tests {
         let size = VolumeSize::new(3 * BLOCK_SIZE + 100).unwrap();
         let check = |start, end, touched: (u64, u64), covered: (u64, u64)| {
             let range = ByteRange::new(start, end);
-            assert_eq!(range.blocks_touched(), BlockRange::new(touched.0, touched.1));
+            assert_eq!(
+                range.blocks_touched(),
+                BlockRange::new(touched.0, touched.1)
+            );
             let got = range.blocks_covered(size);
             assert_eq!((got.start, got.end), covered, "{range:?}");
         };

@@ -1,1 +1,39 @@
-//! Messages between two flimcd agents, their codec and version negotiation
+//! Messages between two agents, their codec, and version negotiation. Bytes in, bytes out.
+//!
+//! # A connection
+//! ```text
+//! dialler                                   listener
+//!    │ ── Hello (magic, versions, site, …) ──► │     fixed prefix, the same in every version
+//!    │ ◄────────────── Welcome or Refusal ──── │
+//!    │ ═══════════════ frames ═══════════════  │     both ways, until either closes
+//! ```
+//! Every connection of a bundle begins with a [`Hello`]; after that it carries frames:
+//! ```text
+//! offset size
+//!      0    4  length of the body in bytes, at most MAX_FRAME_BYTES
+//!      4    1  kind: 1 link, 2 migration (0 and all others are refused)
+//!      5    1  class: 1 fault, 2 control, 3 RAM, 4 prefetch, 5 bulk
+//!      6    2  zero
+//!      8    8  migration id (zero for kind 1)
+//!     16    n  body: a postcard value, then for Blocks the payload up to the end
+//! ```
+//! All numbers are little-endian. Zero is invalid in every enum, so that a zeroed or shifted buffer
+//! is refused instead of understood. Decoders take memory only for bytes that have arrived, and
+//! check every count and range before it is used; what they let through is structurally sound, while
+//! whether it makes sense for a volume is decided by the machines.
+
+mod frame;
+mod hello;
+mod message;
+mod set;
+
+pub use frame::{Body, DecodeError, Encoded, Frame, FrameDecoder, LinkMessage, encode};
+pub use hello::{
+    Hello, HelloError, PROTOCOL_VERSION_MAX, PROTOCOL_VERSION_MIN, Refusal, RefusalCode, Welcome,
+    decode_hello, decode_reply, encode_hello, encode_reply,
+};
+pub use message::{
+    Accept, Blocks, Class, Content, Entry, ErrorCode, Message, Open, SourceStage, TargetReport,
+    TargetStage, WireError,
+};
+pub use set::{Runs, SeqRuns, SetPart, split_set};
