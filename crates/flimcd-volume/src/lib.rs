@@ -1,1 +1,2 @@
 //! Volumes: the rules every guest request and transfer meets, back ends, durable state
+pub mod device;
