@@ -1,1 +1,7 @@
-//! WAN emulator, checked loads, trace readers and benchmarks for flimcd
+//! WAN emulator, checked loads, trace readers and benchmarks for flimcd.
+//!
+//! - [`wan`]: a link model behind two front ends, a TCP relay and a TUN router.
+
+mod content;
+mod rng;
+pub mod wan;
