@@ -1,0 +1,26 @@
+//! Payloads from a peer, unpacked for a small volume: never more bytes than the blocks have.
+#![no_main]
+
+use flimcd_content::{Decoded, Decoder};
+use flimcd_core::{BlockRange, VolumeSize};
+use flimcd_wire::{Content, Entry};
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|input: (u8, u16, u16, u32, &[u8])| {
+    let (kind, start, len, volume_bytes, payload) = input;
+    let Ok(size) = VolumeSize::new(u64::from(volume_bytes)) else {
+        return;
+    };
+    let range = BlockRange::new(u64::from(start), u64::from(start) + u64::from(len));
+    let payload_len = u32::try_from(payload.len()).expect("the fuzzer's inputs are small");
+    let content = match kind % 3 {
+        0 => Content::Zero,
+        1 => Content::Raw { len: payload_len },
+        _ => Content::Zstd { len: payload_len },
+    };
+    let entry = Entry { range, content };
+    let mut decoder = Decoder::new();
+    if let Ok(Decoded::Bytes(bytes)) = decoder.decode(&entry, payload, size) {
+        assert_eq!(bytes.len() as u64, range.bytes(size).len());
+    }
+});
