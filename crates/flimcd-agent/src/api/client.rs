@@ -1,0 +1,291 @@
+//! Client of the agent's API.
+//!
+//! Each call opens the unix socket anew, so a client never notices an agent's restart between calls.
+
+use bytes::Bytes;
+use flimcd_core::{MigrationId, VolumeName};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::{Method, Request, StatusCode, header};
+use hyper_util::rt::TokioIo;
+use serde::{Serialize, de::DeserializeOwned};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+use tokio::net::UnixStream;
+
+use super::types::{
+    CreateVolume, ErrorBody, ExportInfo, ImportVolume, MigrateRequest, MigrationStatus,
+    RemovedVolume, Status, VolumeInfo,
+};
+
+/// Longest answer that is read: thousands of volumes fit.
+const BODY_MAX: usize = 64 << 20;
+
+/// Why a call failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nothing listens on the socket.
+    #[error(
+        "no flimcd agent is running at {}; start it with `flimcd agent --config FILE`, or name \
+         another socket with --socket", socket.display()
+    )]
+    NotRunning {
+        /// The socket that was tried.
+        socket: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The socket may not be opened.
+    #[error(
+        "the agent's socket {} may not be used by this user; use the user that the agent runs \
+         as", socket.display()
+    )]
+    Forbidden {
+        /// The socket that was tried.
+        socket: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The socket cannot be connected to for another reason.
+    #[error("connecting to the agent's socket {} failed: {source}", socket.display())]
+    Connect {
+        /// The socket that was tried.
+        socket: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The agent refused or failed.
+    #[error(transparent)]
+    Refused(#[from] ErrorBody),
+    /// The connection broke before the answer was there; the agent may have stopped.
+    #[error(
+        "the agent's answer did not arrive ({0}); see whether the agent still runs, and its log"
+    )]
+    Broken(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The answer is not what this version expects.
+    #[error(
+        "the agent's answer (status {status}) is not understood; are the agent and this command \
+         of the same version?"
+    )]
+    Answer {
+        /// HTTP status of the answer.
+        status: u16,
+        /// What does not decode.
+        source: serde_json::Error,
+    },
+}
+
+impl ClientError {
+    /// Whether nothing runs at the socket.
+    #[must_use]
+    pub const fn is_not_running(&self) -> bool {
+        matches!(self, Self::NotRunning { .. })
+    }
+}
+
+/// Talks to one agent through its API socket.
+#[derive(Clone, Debug)]
+pub struct Client {
+    socket: PathBuf,
+}
+
+impl Client {
+    /// A client for the agent at `socket`. Connects with each call.
+    #[must_use]
+    pub fn new(socket: impl Into<PathBuf>) -> Self {
+        Self {
+            socket: socket.into(),
+        }
+    }
+
+    /// The socket that it talks to.
+    #[must_use]
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// The agent and everything it has at hand.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn status(&self) -> Result<Status, ClientError> {
+        self.get("/v1/status").await
+    }
+
+    /// All volumes.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn volumes(&self) -> Result<Vec<VolumeInfo>, ClientError> {
+        self.get("/v1/volumes").await
+    }
+
+    /// One volume.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn volume(&self, name: &VolumeName) -> Result<VolumeInfo, ClientError> {
+        self.get(&format!("/v1/volumes/{name}")).await
+    }
+
+    /// Makes an empty volume.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn create_volume(&self, request: &CreateVolume) -> Result<VolumeInfo, ClientError> {
+        self.post("/v1/volumes", request).await
+    }
+
+    /// Takes an image file under care.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn import_volume(&self, request: &ImportVolume) -> Result<VolumeInfo, ClientError> {
+        self.post("/v1/volumes/import", request).await
+    }
+
+    /// Gives a volume up, and deletes its image if asked.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn remove_volume(
+        &self,
+        name: &VolumeName,
+        delete_image: bool,
+    ) -> Result<RemovedVolume, ClientError> {
+        let path = format!("/v1/volumes/{name}?delete_image={delete_image}");
+        self.call(Method::DELETE, &path, Bytes::new()).await
+    }
+
+    /// Where a guest finds the volume.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn export(&self, name: &VolumeName) -> Result<ExportInfo, ClientError> {
+        self.post(&format!("/v1/volumes/{name}/export"), &()).await
+    }
+
+    /// Begins a migration.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn migrate(
+        &self,
+        name: &VolumeName,
+        request: &MigrateRequest,
+    ) -> Result<MigrationStatus, ClientError> {
+        self.post(&format!("/v1/volumes/{name}/migrate"), request)
+            .await
+    }
+
+    /// Lets the volume's migration switch as soon as it is ready.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn switchover(&self, name: &VolumeName) -> Result<MigrationStatus, ClientError> {
+        self.post(&format!("/v1/volumes/{name}/switchover"), &())
+            .await
+    }
+
+    /// Ends the volume's migration before the switch.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn cancel(&self, name: &VolumeName) -> Result<MigrationStatus, ClientError> {
+        self.post(&format!("/v1/volumes/{name}/cancel"), &()).await
+    }
+
+    /// All migrations that run or are remembered, oldest first.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn migrations(&self) -> Result<Vec<MigrationStatus>, ClientError> {
+        self.get("/v1/migrations").await
+    }
+
+    /// One migration.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn migration(&self, id: MigrationId) -> Result<MigrationStatus, ClientError> {
+        self.get(&format!("/v1/migrations/{id}")).await
+    }
+
+    async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
+        self.call(Method::GET, path, Bytes::new()).await
+    }
+
+    async fn post<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T, ClientError> {
+        let body = serde_json::to_vec(body).expect("request types serialise");
+        self.call(Method::POST, path, body.into()).await
+    }
+
+    async fn call<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Bytes,
+    ) -> Result<T, ClientError> {
+        let (status, body) = self.exchange(method, path, body).await?;
+        let not_understood = |source| ClientError::Answer {
+            status: status.as_u16(),
+            source,
+        };
+        if status.is_success() {
+            return serde_json::from_slice(&body).map_err(not_understood);
+        }
+        let refusal: ErrorBody = serde_json::from_slice(&body).map_err(not_understood)?;
+        Err(refusal.into())
+    }
+
+    async fn exchange(
+        &self,
+        method: Method,
+        path: &str,
+        body: Bytes,
+    ) -> Result<(StatusCode, Bytes), ClientError> {
+        let stream = UnixStream::connect(&self.socket)
+            .await
+            .map_err(|source| self.connect_error(source))?;
+        let broken = |error: hyper::Error| ClientError::Broken(error.into());
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(broken)?;
+        let driver = tokio::spawn(connection);
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header(header::HOST, "flimcd")
+            .header(header::CONTENT_TYPE, "application/json")
+            .body(Full::new(body))
+            .expect("paths are made of names and ids");
+        let answer = async {
+            let response = sender.send_request(request).await.map_err(broken)?;
+            let status = response.status();
+            let body = Limited::new(response.into_body(), BODY_MAX)
+                .collect()
+                .await
+                .map_err(ClientError::Broken)?;
+            Ok((status, body.to_bytes()))
+        };
+        let answer = answer.await;
+        driver.abort();
+        answer
+    }
+
+    fn connect_error(&self, source: io::Error) -> ClientError {
+        let socket = self.socket.clone();
+        match source.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+                ClientError::NotRunning { socket, source }
+            }
+            io::ErrorKind::PermissionDenied => ClientError::Forbidden { socket, source },
+            _ => ClientError::Connect { socket, source },
+        }
+    }
+}

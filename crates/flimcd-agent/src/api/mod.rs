@@ -1,0 +1,7 @@
+//! The agent's HTTP/JSON API over a unix socket: its types, and the client that the command line uses.
+
+pub mod client;
+pub mod types;
+
+pub use client::{Client, ClientError};
+pub use types::*;
