@@ -18,11 +18,11 @@ use std::{
 const PERMISSION_BASE: i64 = 100;
 const UNSHARED_BASE: i64 = 200;
 
-/// Permissions as QEMU numbers them, with the words for people.
-const PERMISSIONS: [&str; 4] = ["reading", "writing", "rewriting", "resizing"];
-const READ: usize = 0;
-const WRITE: usize = 1;
-const RESIZE: usize = 3;
+/// Permissions as QEMU numbers them, with a word for people.
+type Permission = (i64, &'static str);
+const READ: Permission = (0, "reading");
+const WRITE: Permission = (1, "writing");
+const RESIZE: Permission = (3, "resizing");
 
 /// Why the locks could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -53,7 +53,7 @@ pub enum LockError {
 /// # Errors
 /// [`LockError::InUse`] when somebody else's locks contradict. What was locked is let go then.
 pub fn lock_image(file: &File, path: &Path, read_only: bool) -> Result<(), LockError> {
-    let used: &[usize] = if read_only { &[READ] } else { &[READ, WRITE] };
+    let used: &[Permission] = if read_only { &[READ] } else { &[READ, WRITE] };
     let unshared = [WRITE, RESIZE];
     let system = |source| LockError::System {
         path: path.to_owned(),
@@ -61,23 +61,27 @@ pub fn lock_image(file: &File, path: &Path, read_only: bool) -> Result<(), LockE
     };
     let mine = used
         .iter()
-        .map(|&n| PERMISSION_BASE + n as i64)
-        .chain(unshared.iter().map(|&n| UNSHARED_BASE + n as i64));
+        .map(|(n, _)| PERMISSION_BASE + n)
+        .chain(unshared.iter().map(|(n, _)| UNSHARED_BASE + n));
     for byte in mine.clone() {
         set_lock(file, byte, libc::F_RDLCK).map_err(system)?;
     }
     let theirs = used
         .iter()
-        .map(|&n| (UNSHARED_BASE + n as i64, n))
-        .chain(unshared.iter().map(|&n| (PERMISSION_BASE + n as i64, n)));
-    for (byte, permission) in theirs {
+        .map(|&(n, word)| (UNSHARED_BASE + n, word))
+        .chain(
+            unshared
+                .iter()
+                .map(|&(n, word)| (PERMISSION_BASE + n, word)),
+        );
+    for (byte, what) in theirs {
         if is_locked_by_other(file, byte).map_err(system)? {
             for byte in mine {
                 set_lock(file, byte, libc::F_UNLCK).map_err(system)?;
             }
             return Err(LockError::InUse {
                 path: path.to_owned(),
-                what: PERMISSIONS[permission],
+                what,
             });
         }
     }

@@ -11,6 +11,7 @@
 //! flight covers never change, whatever the alignment of the neighbours.
 
 mod buf;
+pub mod fault;
 mod file;
 pub mod lock;
 

@@ -1,6 +1,6 @@
 //! The queue for machines without io_uring: everything is done inside `submit`, by plain calls.
 
-use std::{collections::VecDeque, io, os::fd::BorrowedFd, sync::Arc};
+use std::{collections::VecDeque, io, os::fd::BorrowedFd, os::unix::fs::FileExt, sync::Arc};
 
 use flimcd_core::ByteRange;
 
@@ -55,14 +55,22 @@ impl Shared {
         }
     }
 
+    /// Does a write that the gate let in alone.
+    pub(super) fn run_unaligned_write(&self, op: IoOp) -> IoDone {
+        let file = self.buffered.as_ref().unwrap_or(&self.main);
+        let result = match op.buf.get(..usize_of(op.length)) {
+            Some(data) => file.write_all_at(data, op.offset),
+            None => Err(no_room()),
+        };
+        IoDone {
+            id: op.id,
+            result,
+            buf: op.buf,
+        }
+    }
+
     fn run_result(&self, op: &mut IoOp) -> io::Result<()> {
         let length = usize_of(op.length);
-        let no_room = || {
-            io::Error::new(
-                io::ErrorKind::InvalidInput,
-                "buffer is shorter than the request",
-            )
-        };
         let range = || ByteRange::at(op.offset, op.length);
         match op.kind {
             IoKind::Read => {
@@ -75,4 +83,11 @@ impl Shared {
             IoKind::Discard => self.discard(range()),
         }
     }
+}
+
+fn no_room() -> io::Error {
+    io::Error::new(
+        io::ErrorKind::InvalidInput,
+        "buffer is shorter than the request",
+    )
 }

@@ -12,6 +12,9 @@
 mod gate;
 mod inline;
 mod open;
+#[cfg(test)]
+mod tests;
+mod uring;
 
 use std::{fs::File, io, os::unix::fs::FileExt, path::PathBuf, sync::Arc};
 
@@ -106,8 +109,18 @@ impl BlockDevice for FileDevice {
         self.shared.backend.zeroes_fast
     }
 
-    fn open_queue(&self, _depth: u32) -> io::Result<Box<dyn IoQueue>> {
-        Ok(Box::new(inline::InlineQueue::new(Arc::clone(&self.shared))))
+    fn open_queue(&self, depth: u32) -> io::Result<Box<dyn IoQueue>> {
+        let shared = Arc::clone(&self.shared);
+        if self.shared.backend.io_uring {
+            match uring::UringQueue::new(Arc::clone(&shared), depth) {
+                Ok(queue) => return Ok(Box::new(queue)),
+                Err(error) => tracing::warn!(
+                    path = %shared.path.display(), %error,
+                    "no io_uring for one more connection, it uses plain calls"
+                ),
+            }
+        }
+        Ok(Box::new(inline::InlineQueue::new(shared)))
     }
 }
 

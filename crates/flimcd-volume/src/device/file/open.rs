@@ -11,7 +11,7 @@ use std::{
 use flimcd_core::{InvalidSize, VolumeSize};
 use rustix::fs::{AtFlags, StatxFlags};
 
-use super::{Shared, gate::Gate};
+use super::{Shared, gate::Gate, uring};
 use crate::device::lock::{self, LockError};
 
 /// Whether to go around the page cache.
@@ -153,7 +153,7 @@ pub(super) fn open(path: PathBuf, options: &OpenOptions) -> Result<Shared, OpenE
         DirectIo::Off => Err("direct I/O is switched off".to_owned()),
         DirectIo::Auto | DirectIo::On => open_direct(&path, options),
     };
-    let mut fallback = None;
+    let mut fallbacks = Vec::new();
     let (main, buffered, align, mem_align) = match direct {
         Ok((file, align)) => (file, Some(plain), align.offset, align.memory),
         Err(why) if options.direct == DirectIo::On => {
@@ -161,16 +161,22 @@ pub(super) fn open(path: PathBuf, options: &OpenOptions) -> Result<Shared, OpenE
         }
         Err(why) => {
             if options.direct == DirectIo::Auto {
-                fallback = Some(why);
+                fallbacks.push(format!("no direct I/O: {why}"));
             }
             (plain, None, 1, 1)
         }
     };
+    let io_uring = match options.io_uring {
+        UringUse::Off => false,
+        UringUse::Auto => uring::probe()
+            .map_err(|why| fallbacks.push(format!("no io_uring: {why}")))
+            .is_ok(),
+    };
     let backend = Backend {
         direct: buffered.is_some(),
-        io_uring: false,
+        io_uring,
         zeroes_fast: kind.is_file(),
-        fallback,
+        fallback: (!fallbacks.is_empty()).then(|| fallbacks.join("; ")),
     };
     Ok(Shared {
         main,
