@@ -1,0 +1,81 @@
+//! A position that goes round a volume.
+
+use flimcd_core::{BlockIndex, BlockRange, BlockSet};
+
+/// Walks the pending blocks in ascending order, chunk by chunk, and counts how often it came round.
+#[derive(Debug, Default)]
+pub(super) struct Cursor {
+    at: u64,
+    rounds: u64,
+}
+
+impl Cursor {
+    /// Times the end of the volume was passed.
+    pub(super) fn rounds(&self) -> u64 {
+        self.rounds
+    }
+
+    /// Goes on from `block`.
+    pub(super) fn jump(&mut self, block: BlockIndex) {
+        self.at = block.0;
+    }
+
+    /// The next pending run inside one chunk for which `wanted` holds, going round at most once.
+    pub(super) fn next(
+        &mut self,
+        pending: &BlockSet,
+        mut wanted: impl FnMut(BlockRange) -> bool,
+    ) -> Option<BlockRange> {
+        let start = self.at;
+        let mut wrapped = false;
+        loop {
+            let limit = if wrapped { start } else { pending.capacity() };
+            let Some(run) = pending.next_run(self.at, limit) else {
+                if wrapped {
+                    return None;
+                }
+                wrapped = true;
+                self.at = 0;
+                self.rounds += u64::from(!pending.is_empty());
+                continue;
+            };
+            let run = run.intersect(BlockIndex(run.start).chunk().blocks());
+            self.at = run.end;
+            if wanted(run) {
+                return Some(run);
+            }
+        }
+    }
+}
+
+/// The first pending run of the chunk that `block` lies in.
+pub(super) fn in_chunk(pending: &BlockSet, block: BlockIndex) -> Option<BlockRange> {
+    let chunk = block.chunk().blocks();
+    pending.next_run(chunk.start, chunk.end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn goes_round_once_and_cuts_at_chunks() {
+        let mut pending = BlockSet::new(100);
+        pending.insert_range(BlockRange::new(10, 40));
+        let mut cursor = Cursor::default();
+        cursor.jump(BlockIndex(35));
+        let mut got = Vec::new();
+        while let Some(run) = cursor.next(&pending, |_| true) {
+            pending.remove_range(run);
+            got.push((run.start, run.end));
+        }
+        assert_eq!(got, [(35, 40), (10, 16), (16, 32), (32, 35)]);
+        assert_eq!(cursor.rounds(), 1);
+        pending.insert_range(BlockRange::new(0, 100));
+        assert_eq!(
+            cursor.next(&pending, |_| false),
+            None,
+            "nothing wanted, and it ends"
+        );
+    }
+}

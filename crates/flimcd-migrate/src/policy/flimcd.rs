@@ -1,0 +1,98 @@
+//! `flimcd`: copy what will stay as it is, switch, then bring the rest in the order it is needed.
+//!
+//! Liu, Jiang, Yang 2015 (the FlimCD paper) for the hybrid of pre-copy and post-copy; the criterion is ours.
+//! Let `T` be the time to send all that is pending. A block that is written `λ` times a second will be
+//! written again before the switch with probability `1 - exp(-λT)`; sending it now is wasted then. So
+//! a chunk is sent before the switch only while that probability is below one half, never-written chunks
+//! first, in sequential runs. As `T` shrinks with what is pending, chunks that were too hot come
+//! within reach; when none is left that will probably survive, another round would not pay, and it is
+//! time to switch. After the switch the hottest chunks go first, because what was written much is read
+//! soon, then the rest, from where the guest last waited.
+
+use flimcd_core::{BLOCKS_PER_CHUNK, BlockIndex, BlockRange};
+
+use super::{
+    Policy, View,
+    cursor::{Cursor, in_chunk},
+};
+
+/// `ln 2`: expected writes before the switch at which a rewrite is as likely as not.
+const EXPECTED_WRITES_MAX: f64 = std::f64::consts::LN_2;
+/// Chunks that are ordered by heat at the switch: 8 bytes each, 16 GiB of hot volume.
+const HOT_CHUNKS_MAX: usize = 1 << 18;
+
+#[derive(Default)]
+pub(super) struct Flimcd {
+    cursor: Cursor,
+    /// Hot chunks that the target misses, hottest last.
+    hot: Vec<BlockIndex>,
+    /// Nothing is worth sending until the view changes.
+    dry: bool,
+}
+
+impl Flimcd {
+    fn next_below(&mut self, view: &View<'_>, heat_max: f64) -> Option<BlockRange> {
+        self.cursor.next(view.pending, |run| {
+            view.write_heat.get(BlockIndex(run.start).chunk()) <= heat_max
+        })
+    }
+}
+
+/// The heat of a chunk above which one of its blocks will probably be written before the switch.
+fn heat_limit(view: &View<'_>) -> f64 {
+    // A decayed count of events at rate r settles at r × half-life ÷ ln 2.
+    let half_life_s = crate::HEAT_HALF_LIFE.as_secs_f64();
+    let rate_max = EXPECTED_WRITES_MAX / view.time_to_send_pending().as_secs_f64().max(1e-3);
+    #[expect(clippy::cast_precision_loss, reason = "16")]
+    let per_chunk = rate_max * BLOCKS_PER_CHUNK as f64;
+    per_chunk * half_life_s / std::f64::consts::LN_2
+}
+
+impl Policy for Flimcd {
+    fn name(&self) -> &'static str {
+        "flimcd"
+    }
+
+    fn next_precopy(&mut self, view: &View<'_>) -> Option<BlockRange> {
+        let next = self
+            .next_below(view, 0.0)
+            .or_else(|| self.next_below(view, heat_limit(view)));
+        self.dry = next.is_none();
+        next
+    }
+
+    fn is_ready(&mut self, _view: &View<'_>) -> bool {
+        self.dry
+    }
+
+    fn begin_push(&mut self, view: &View<'_>) {
+        let mut hot: Vec<(f64, BlockIndex)> = Vec::new();
+        let mut at = 0;
+        while let Some(run) = view.pending.next_run(at, u64::MAX)
+            && hot.len() < HOT_CHUNKS_MAX
+        {
+            let chunk = BlockIndex(run.start).chunk();
+            let heat = view.write_heat.get(chunk);
+            if heat > 0.0 {
+                hot.push((heat, BlockIndex(run.start)));
+            }
+            at = chunk.blocks().end;
+        }
+        hot.sort_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1)));
+        self.hot = hot.into_iter().map(|(_, block)| block).collect();
+    }
+
+    fn next_push(&mut self, view: &View<'_>) -> Option<BlockRange> {
+        while let Some(&block) = self.hot.last() {
+            if let Some(run) = in_chunk(view.pending, block) {
+                return Some(run);
+            }
+            self.hot.pop();
+        }
+        self.cursor.next(view.pending, |_| true)
+    }
+
+    fn on_demand(&mut self, range: BlockRange) {
+        self.cursor.jump(BlockIndex(range.end));
+    }
+}

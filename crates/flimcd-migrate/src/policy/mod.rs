@@ -1,0 +1,101 @@
+//! What differs between strategies: which block goes next, and when to switch.
+//!
+//! The machine owns all sets and does all bookkeeping; a policy only chooses. It sees the state through
+//! [`View`] and answers with a run of pending blocks, so that a wrong policy can be slow but never wrong.
+//! A new strategy is one small file here and one line in [`by_name`].
+
+mod cursor;
+mod flimcd;
+mod postcopy;
+mod precopy;
+
+use std::time::Duration;
+
+use flimcd_core::{BlockRange, BlockSet, Heat, Time, VolumeSize};
+
+use crate::LinkEstimate;
+
+/// Names of all strategies that [`by_name`] knows.
+pub const STRATEGIES: &[&str] = &["flimcd", "postcopy", "precopy", "precopy-zstd"];
+
+/// What a policy may look at.
+#[derive(Clone, Copy, Debug)]
+pub struct View<'a> {
+    /// Now.
+    pub now: Time,
+    /// Size of the volume.
+    pub size: VolumeSize,
+    /// Blocks whose current content the target lacks and that are not on their way.
+    pub pending: &'a BlockSet,
+    /// Blocks on their way.
+    pub in_flight_blocks: u64,
+    /// Decayed write rate per chunk.
+    pub write_heat: &'a Heat,
+    /// What the link does.
+    pub link: LinkEstimate,
+    /// Bytes that a block has cost on the link so far, on average.
+    pub bytes_per_block: f64,
+}
+
+impl View<'_> {
+    /// Time to send everything that is pending, if nothing more got dirty.
+    #[must_use]
+    pub fn time_to_send_pending(&self) -> Duration {
+        #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+        let bytes = (self.pending.count() + self.in_flight_blocks) as f64 * self.bytes_per_block;
+        Duration::try_from_secs_f64(bytes / self.link.rate_or_default()).unwrap_or(Duration::MAX)
+    }
+}
+
+/// A strategy. All methods must answer without looking at more of the volume than they have to: they
+/// are called for every message.
+pub trait Policy: Send {
+    /// Name that selects it.
+    fn name(&self) -> &'static str;
+
+    /// Whether content is compressed.
+    fn compress(&self) -> bool {
+        true
+    }
+
+    /// Whether blocks may be missing at the target after the switch. Without, the source sends everything
+    /// while the guest is stopped.
+    fn allows_postcopy(&self) -> bool {
+        true
+    }
+
+    /// The next run to send before the switch; `None` when nothing should be sent now. All of its
+    /// blocks must be pending, and it must lie in one chunk.
+    fn next_precopy(&mut self, view: &View<'_>) -> Option<BlockRange>;
+
+    /// Whether switching now is better than going on.
+    fn is_ready(&mut self, view: &View<'_>) -> bool;
+
+    /// The switch has been made; `view.pending` is what the target misses.
+    fn begin_push(&mut self, _view: &View<'_>) {}
+
+    /// The next run to send after the switch, under the same conditions as before it.
+    fn next_push(&mut self, view: &View<'_>) -> Option<BlockRange>;
+
+    /// A guest at the target waits for these blocks; they are sent without asking the policy.
+    fn on_demand(&mut self, _range: BlockRange) {}
+}
+
+/// A strategy's name that is not known.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("there is no strategy {:?}; choose one of {}", .0, STRATEGIES.join(", "))]
+pub struct UnknownStrategy(pub String);
+
+/// The strategy of this name.
+///
+/// # Errors
+/// [`UnknownStrategy`] with the list of those there are.
+pub fn by_name(name: &str) -> Result<Box<dyn Policy>, UnknownStrategy> {
+    match name {
+        "flimcd" => Ok(Box::new(flimcd::Flimcd::default())),
+        "postcopy" => Ok(Box::new(postcopy::PostCopy::default())),
+        "precopy" => Ok(Box::new(precopy::PreCopy::new(false))),
+        "precopy-zstd" => Ok(Box::new(precopy::PreCopy::new(true))),
+        _ => Err(UnknownStrategy(name.to_owned())),
+    }
+}

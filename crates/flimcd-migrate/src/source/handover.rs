@@ -1,0 +1,282 @@
+//! Handing the volume over, and ending before that.
+//!
+//! ```text
+//!  source                                         target
+//!    Freeze, drained
+//!    Persist(Prepared e+1)   durable
+//!    MissingPart* Switch(e+1) ──────────────────►   data, missing set, Owner(e+1) durable
+//!    Persist(Released e+1)   ◄──────── SwitchDone(e+1)   guest runs
+//! ```
+//! Between `Prepared` and `SwitchDone` nobody but the target decides: a source that wants the volume back
+//! sends `CancelSwitch` and thaws only when the target has durably refused. No timeout does it.
+
+use flimcd_core::{BlockSet, Epoch, Time};
+use flimcd_wire::{ErrorCode, Message, SeqRuns, TargetStage, WireError, split_set};
+
+use super::{
+    Cancel, LinkState, SourceAction, SourceEvent, SourceMachine, SourcePhase, SourceRecord,
+    Switchover,
+};
+use crate::DiskError;
+
+impl SourceMachine {
+    /// Where the target stands, after every link-up.
+    pub(super) fn handle_target_stage(&mut self, now: Time, stage: TargetStage) {
+        let offered = self.offered_epoch();
+        match (self.phase, stage) {
+            (SourcePhase::Connecting, TargetStage::Incoming) => {
+                self.set_phase(SourcePhase::PreCopy);
+                self.consider_cancel();
+            }
+            (SourcePhase::Switching, TargetStage::Incoming) if self.cancel == Cancel::No => {
+                self.send_switch();
+            }
+            (SourcePhase::Switching, TargetStage::Incoming) => {
+                self.control_message(Message::CancelSwitch { epoch: offered });
+            }
+            (SourcePhase::Switching | SourcePhase::PostCopy, TargetStage::Owner(epoch))
+                if epoch == offered =>
+            {
+                self.handle_switch_done(now, epoch);
+            }
+            (
+                SourcePhase::Switching | SourcePhase::PostCopy | SourcePhase::Retiring,
+                TargetStage::Complete(epoch),
+            ) if epoch == offered => {
+                self.handle_switch_done(now, epoch);
+                self.handle_complete(now);
+            }
+            (SourcePhase::Completed, _) => self.control_message(Message::Finished),
+            (phase, TargetStage::Incoming) if phase < SourcePhase::Switching => {}
+            (_, stage) => self.protocol_error(&format!(
+                "it stands at {stage:?} although the source offered epoch {offered}"
+            )),
+        }
+    }
+
+    /// In pre-copy: switch if the policy would and it is granted.
+    pub(super) fn consider_switch(&mut self, now: Time) {
+        if self.link != LinkState::Accepted {
+            return;
+        }
+        let ready = self.with_policy(now, |policy, view| policy.is_ready(view));
+        if ready && !self.progress.ready {
+            self.events.push_back(SourceEvent::ReadyForSwitchover);
+        }
+        self.progress.ready = ready;
+        if self.switchover == Switchover::Now || (ready && self.switchover == Switchover::WhenReady)
+        {
+            self.set_phase(SourcePhase::Stopping);
+            self.actions.push_back(SourceAction::Freeze);
+        }
+    }
+
+    /// The guest is stopped and nothing of it is in flight.
+    pub(super) fn handle_stopped(&mut self) {
+        if self.phase != SourcePhase::Stopping {
+            return;
+        }
+        if self.policy.allows_postcopy() {
+            self.prepare();
+        } else {
+            self.set_phase(SourcePhase::Draining);
+        }
+    }
+
+    pub(super) fn prepare(&mut self) {
+        self.set_phase(SourcePhase::Preparing);
+        self.persist(SourceRecord::Prepared(self.offered_epoch()));
+    }
+
+    fn persist(&mut self, record: SourceRecord) {
+        self.actions.push_back(SourceAction::Persist(record));
+    }
+
+    pub(super) fn handle_record(
+        &mut self,
+        now: Time,
+        record: SourceRecord,
+        result: Result<(), DiskError>,
+    ) {
+        match (record, result) {
+            (SourceRecord::Prepared(_), Ok(())) if self.phase == SourcePhase::Preparing => {
+                self.set_phase(SourcePhase::Switching);
+                if self.cancel == Cancel::No {
+                    self.send_switch();
+                } else {
+                    // Nothing was offered yet, so nothing has to be refused.
+                    self.back_to_owner();
+                }
+            }
+            (SourceRecord::Prepared(_), Err(error)) if self.phase == SourcePhase::Preparing => {
+                let text = format!("cannot record the hand-over at the source: {error}");
+                self.cancel = Cancel::Error(WireError::new(ErrorCode::DISK, text));
+                self.back_to_owner();
+            }
+            (SourceRecord::Retired(epoch), Ok(())) if self.phase == SourcePhase::Retiring => {
+                tracing::debug!(%epoch, "retired");
+                self.set_phase(SourcePhase::Completed);
+                self.events.push_back(SourceEvent::Completed);
+                self.control_message(Message::Finished);
+            }
+            (_, Ok(())) => {}
+            (record, Err(error)) => {
+                // The target owns the volume whatever this record says; a restart asks it.
+                self.note(format!("cannot record {record:?} at the source: {error}"));
+                if matches!(record, SourceRecord::Retired(_)) {
+                    self.set_phase(SourcePhase::PostCopy);
+                }
+            }
+        }
+        self.schedule(now);
+    }
+
+    /// Offers the volume to the target, with what it will miss.
+    fn send_switch(&mut self) {
+        let epoch = self.offered_epoch();
+        let stale = self.flights.retire_outdated(&mut self.pending);
+        let missing = self.missing();
+        let parts = split_set(&missing);
+        let count = u32::try_from(parts.len()).expect("a part covers many blocks");
+        for (set, part) in parts.into_iter().zip(0..) {
+            self.control_message(Message::MissingPart { epoch, part, set });
+        }
+        self.control_message(Message::Switch {
+            epoch,
+            parts: count,
+            missing_blocks: missing.count(),
+            stale: SeqRuns(stale),
+        });
+    }
+
+    /// All that the target may lack.
+    fn missing(&self) -> BlockSet {
+        let mut missing = self.pending.clone();
+        missing.union_with(self.flights.blocks());
+        missing
+    }
+
+    pub(super) fn handle_switch_done(&mut self, now: Time, epoch: Epoch) {
+        if self.phase != SourcePhase::Switching || epoch != self.offered_epoch() {
+            return;
+        }
+        if self.cancel != Cancel::No {
+            self.note("too late to cancel: the target owns the volume");
+            self.cancel = Cancel::No;
+        }
+        self.actions.push_back(SourceAction::Release);
+        self.persist(SourceRecord::Released(epoch));
+        self.events.push_back(SourceEvent::SwitchedOver);
+        self.enter_post_copy(now);
+    }
+
+    pub(super) fn enter_post_copy(&mut self, now: Time) {
+        self.set_phase(SourcePhase::PostCopy);
+        self.actions.push_back(SourceAction::SetPacing(true));
+        self.with_policy(now, |policy, view| policy.begin_push(view));
+    }
+
+    pub(super) fn handle_switch_refused(&mut self, epoch: Epoch) {
+        if self.phase != SourcePhase::Switching || epoch != self.offered_epoch() {
+            return;
+        }
+        if self.cancel == Cancel::No {
+            let text = "the target refused to take the volume over; its log says why";
+            self.cancel = Cancel::Error(WireError::new(ErrorCode::OTHER, text));
+        }
+        self.back_to_owner();
+    }
+
+    /// The target has everything.
+    pub(super) fn handle_complete(&mut self, now: Time) {
+        match self.phase {
+            SourcePhase::Switching => {
+                self.handle_switch_done(now, self.offered_epoch());
+                self.retire();
+            }
+            SourcePhase::PostCopy => self.retire(),
+            SourcePhase::Completed => self.control_message(Message::Finished),
+            SourcePhase::Retiring => {}
+            _ => self.protocol_error("it has everything, but owns nothing"),
+        }
+    }
+
+    fn retire(&mut self) {
+        self.pending.clear();
+        self.set_phase(SourcePhase::Retiring);
+        self.actions.push_back(SourceAction::SetPacing(false));
+        self.persist(SourceRecord::Retired(self.offered_epoch()));
+    }
+
+    // ---- ending before the switch -------------------------------------------------------------
+
+    /// The target cannot go on.
+    pub(super) fn handle_failed(&mut self, error: WireError) {
+        match self.phase {
+            SourcePhase::PostCopy | SourcePhase::Retiring | SourcePhase::Completed => {
+                self.note(format!("the target reports: {error}"));
+            }
+            _ => self.end_early(Cancel::Error(error)),
+        }
+    }
+
+    /// Ends the migration, at once where the source can decide it alone.
+    pub(super) fn end_early(&mut self, why: Cancel) {
+        match self.phase {
+            SourcePhase::Connecting
+            | SourcePhase::PreCopy
+            | SourcePhase::Stopping
+            | SourcePhase::Draining => {
+                self.cancel = why;
+                self.back_to_owner();
+            }
+            SourcePhase::Preparing => self.cancel = why,
+            SourcePhase::Switching => {
+                if self.cancel == Cancel::No {
+                    self.cancel = why;
+                    let epoch = self.offered_epoch();
+                    self.control_message(Message::CancelSwitch { epoch });
+                }
+            }
+            SourcePhase::PostCopy | SourcePhase::Retiring => {
+                self.note("the target owns the volume already; the migration cannot be cancelled");
+            }
+            SourcePhase::Completed | SourcePhase::Cancelled | SourcePhase::Failed => {}
+        }
+    }
+
+    fn consider_cancel(&mut self) {
+        if self.cancel != Cancel::No {
+            self.back_to_owner();
+        }
+    }
+
+    /// The guest is served here again, and the migration is over.
+    fn back_to_owner(&mut self) {
+        if matches!(
+            self.phase,
+            SourcePhase::Stopping
+                | SourcePhase::Draining
+                | SourcePhase::Preparing
+                | SourcePhase::Switching
+        ) {
+            self.actions.push_back(SourceAction::Thaw);
+        }
+        self.persist(SourceRecord::Owner);
+        self.urgent.clear();
+        self.bulk.clear();
+        if self.link != LinkState::Down {
+            self.control.push_back(Message::Cancel);
+        }
+        match std::mem::replace(&mut self.cancel, Cancel::No) {
+            Cancel::Error(error) => {
+                self.set_phase(SourcePhase::Failed);
+                self.events.push_back(SourceEvent::Failed(error));
+            }
+            Cancel::No | Cancel::Asked => {
+                self.set_phase(SourcePhase::Cancelled);
+                self.events.push_back(SourceEvent::Cancelled);
+            }
+        }
+    }
+}

@@ -1,0 +1,569 @@
+//! The source's side of a migration.
+//!
+//! ```text
+//!  Connecting ─► PreCopy ─► Stopping ─► [Draining] ─► Preparing ─► Switching ─► PostCopy ─► Retiring ─► Completed
+//!      │            │           │            │             │            │
+//!      └────────────┴───────────┴────────────┴──── cancel or failure ───┴─► Cancelled / Failed
+//! ```
+//! * **Connecting**: the target has not answered yet. **PreCopy**: content goes over as the policy
+//!   chooses, the guest runs. Ready when the policy says so; goes on when the switch is also granted.
+//! * **Stopping**: the volume refuses new guest I/O and drains (`Freeze`). **Draining**: only for policies
+//!   without post-copy, sends the rest while the guest stands.
+//! * **Preparing**: `Prepared` is being made durable. **Switching**: the target was told to take over.
+//!   From here on the guest comes back to the source only if the target durably refuses.
+//! * **PostCopy**: the target owns the volume; the source pushes and answers demands from the frozen
+//!   image. **Retiring**: the target has everything.
+//!
+//! A link that breaks changes no phase. After `handle_link_up` the machine sends `Open` and nothing else until
+//! the target's `Accept` says what it has.
+
+mod flights;
+mod handover;
+mod send;
+
+use std::{collections::VecDeque, time::Duration};
+
+use bytes::Bytes;
+use flimcd_core::{
+    BlockIndex, BlockRange, BlockSet, Epoch, Heat, MigrationId, Seq, Time, VolumeId, VolumeName,
+    VolumeSize,
+};
+use flimcd_wire::{
+    Accept, Blocks, Class, Entry, ErrorCode, Message, Open, SourceStage, TargetReport, WireError,
+};
+
+use crate::{
+    DiskError, HEAT_HALF_LIFE, LinkEstimate,
+    policy::{Policy, View},
+};
+use flights::Flights;
+
+/// How often the policy is asked whether to switch while nothing else happens.
+const TICK: Duration = Duration::from_millis(50);
+/// Wait before something that failed after the switch is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// What a migration is about.
+pub struct SourceConfig {
+    /// Its number.
+    pub migration: MigrationId,
+    /// Identity of the volume.
+    pub volume: VolumeId,
+    /// Name of the volume.
+    pub name: VolumeName,
+    /// Size of the volume.
+    pub size: VolumeSize,
+    /// The source's epoch when the migration began.
+    pub epoch: Epoch,
+    /// Random number of this run.
+    pub incarnation: u64,
+}
+
+/// Where the machine begins.
+#[derive(Clone, Debug)]
+pub enum SourceStart {
+    /// A new migration.
+    Fresh {
+        /// Blocks that are not holes. The target begins with a volume of zeroes.
+        data: BlockSet,
+    },
+    /// The agent was restarted.
+    Resume {
+        /// What the durable record says.
+        stage: SourceStage,
+        /// Blocks that the target may lack, as the volume kept them.
+        unacked: BlockSet,
+    },
+}
+
+/// What the durable record of the volume must say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SourceRecord {
+    /// The source owns the volume with the epoch it had; the migration is over.
+    Owner,
+    /// The guest is stopped and the target is offered this epoch.
+    Prepared(Epoch),
+    /// The target owns this epoch; the source serves missing blocks.
+    Released(Epoch),
+    /// The target owns this epoch and needs nothing more.
+    Retired(Epoch),
+}
+
+/// What the driver must do.
+#[derive(Clone, Debug, PartialEq)]
+pub enum SourceAction {
+    /// Clear the dirty marks of `range` and read it (in this order: `Volume::read_for_send`), pack it,
+    /// and answer with `handle_read`. The marks are cleared before the next action begins.
+    Read {
+        /// Number of the message it will be.
+        seq: Seq,
+        /// The blocks, at most a chunk.
+        range: BlockRange,
+        /// Whether to compress.
+        compress: bool,
+    },
+    /// The target has these for good: clear them in the volume's record of unacknowledged blocks, except
+    /// those that are marked dirty. Done before the next action and before dirty marks are drained again.
+    MarkClean(Vec<BlockRange>),
+    /// Let no new guest I/O in; when what is in flight is done, drain the dirty marks a last time and
+    /// answer with `handle_frozen`.
+    Freeze,
+    /// Serve the guest again. Done at once.
+    Thaw,
+    /// Make the record say this, durably, and answer with `handle_persisted`.
+    Persist(SourceRecord),
+    /// Refuse guest I/O for good: the volume has moved. Done at once.
+    Release,
+    /// Whether guests can fault: bulk is paced then. Done at once.
+    SetPacing(bool),
+}
+
+/// What the driver may want to tell somebody.
+#[derive(Clone, Debug, PartialEq)]
+pub enum SourceEvent {
+    /// A new phase.
+    Phase(SourcePhase),
+    /// The policy would switch now; it waits for `handle_switchover`.
+    ReadyForSwitchover,
+    /// The target owns the volume.
+    SwitchedOver,
+    /// The target has everything; the source can be switched off.
+    Completed,
+    /// Ended before the switch, as asked.
+    Cancelled,
+    /// Ended before the switch, by an error. The guest is still served here.
+    Failed(WireError),
+    /// Something a person should know; the migration goes on.
+    Note(String),
+}
+
+/// See the module's documentation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[expect(missing_docs, reason = "described in the module's documentation")]
+pub enum SourcePhase {
+    Connecting,
+    PreCopy,
+    Stopping,
+    Draining,
+    Preparing,
+    Switching,
+    PostCopy,
+    Retiring,
+    Completed,
+    Cancelled,
+    Failed,
+}
+
+impl SourcePhase {
+    /// Whether guest writes at the source still matter: drain dirty marks in these phases.
+    #[must_use]
+    pub const fn wants_dirty(self) -> bool {
+        matches!(self, Self::Connecting | Self::PreCopy)
+    }
+
+    /// Whether nothing more happens, once everything has been transmitted.
+    #[must_use]
+    pub const fn is_final(self) -> bool {
+        matches!(self, Self::Completed | Self::Cancelled | Self::Failed)
+    }
+}
+
+/// When to switch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Switchover {
+    /// Not before it is granted.
+    Wait,
+    /// As soon as the policy is ready.
+    WhenReady,
+    /// At once, whatever the policy says.
+    Now,
+}
+
+/// How far it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct SourceProgress {
+    /// Blocks of the volume that had content when the migration began (or was resumed).
+    pub blocks_total: u64,
+    /// Blocks whose current content the target lacks, on their way or not.
+    pub blocks_left: u64,
+    /// Blocks whose content was handed to the link, counted each time.
+    pub blocks_sent: u64,
+    /// Bytes of messages with content that were handed to the link, without the link's own overhead.
+    pub content_bytes_sent: u64,
+    /// Bytes a block costs on average, for estimates.
+    pub bytes_per_block: f64,
+    /// The policy would switch now.
+    pub ready: bool,
+    /// What the target last said of its guest.
+    pub target: TargetReport,
+}
+
+/// The source machine. The contract of its driver stands in the crate's documentation.
+pub struct SourceMachine {
+    config: SourceConfig,
+    policy: Box<dyn Policy>,
+    phase: SourcePhase,
+    /// Lacking at the target, not in flight. Together with `flights` all that is left to send.
+    pending: BlockSet,
+    flights: Flights,
+    write_heat: Heat,
+    link: LinkState,
+    estimate: LinkEstimate,
+    target_incarnation: Option<u64>,
+    switchover: Switchover,
+    cancel: Cancel,
+    /// Content of flights that the link has not taken.
+    urgent: VecDeque<Blocks>,
+    bulk: VecDeque<Blocks>,
+    control: VecDeque<Message>,
+    actions: VecDeque<SourceAction>,
+    events: VecDeque<SourceEvent>,
+    next_tick: Option<Time>,
+    /// Reading failed; not before this time again.
+    read_retry: Option<Time>,
+    progress: SourceProgress,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum LinkState {
+    Down,
+    /// `Open` was sent.
+    Opening,
+    Accepted,
+}
+
+/// Why the migration should end before the switch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Cancel {
+    No,
+    Asked,
+    Error(WireError),
+}
+
+impl SourceMachine {
+    /// A machine at its beginning, with the link down.
+    ///
+    /// # Panics
+    /// When the set of blocks is not of the volume's size.
+    #[must_use]
+    pub fn new(
+        config: SourceConfig,
+        policy: Box<dyn Policy>,
+        start: SourceStart,
+        now: Time,
+    ) -> Self {
+        let (stage, pending) = match start {
+            SourceStart::Fresh { data } => (SourceStage::Owner, data),
+            SourceStart::Resume { stage, unacked } => (stage, unacked),
+        };
+        let blocks = config.size.blocks();
+        assert_eq!(pending.capacity(), blocks, "the set is of another volume");
+        let bytes_per_block = if policy.compress() { 2048.0 } else { 4096.0 };
+        let mut machine = Self {
+            progress: SourceProgress {
+                blocks_total: pending.count(),
+                bytes_per_block,
+                ..SourceProgress::default()
+            },
+            phase: SourcePhase::Connecting,
+            pending,
+            flights: Flights::new(blocks),
+            write_heat: Heat::new(config.size, HEAT_HALF_LIFE, now),
+            link: LinkState::Down,
+            estimate: LinkEstimate::default(),
+            target_incarnation: None,
+            switchover: Switchover::Wait,
+            cancel: Cancel::No,
+            urgent: VecDeque::new(),
+            bulk: VecDeque::new(),
+            control: VecDeque::new(),
+            actions: VecDeque::new(),
+            events: VecDeque::new(),
+            next_tick: Some(now + TICK),
+            read_retry: None,
+            config,
+            policy,
+        };
+        match stage {
+            SourceStage::Prepared(_) => machine.set_phase(SourcePhase::Switching),
+            SourceStage::Released(_) => machine.enter_post_copy(now),
+            SourceStage::Invalid | SourceStage::Owner => {}
+        }
+        machine
+    }
+
+    /// The epoch that the target is to own.
+    fn offered_epoch(&self) -> Epoch {
+        self.config.epoch.next()
+    }
+
+    /// Where it stands.
+    #[must_use]
+    pub fn phase(&self) -> SourcePhase {
+        self.phase
+    }
+
+    /// How far it is.
+    #[must_use]
+    pub fn progress(&self) -> SourceProgress {
+        let blocks_left = self.pending.count() + self.flights.blocks().count();
+        SourceProgress {
+            blocks_left,
+            ..self.progress
+        }
+    }
+
+    /// Bytes of memory of all its sets.
+    #[must_use]
+    pub fn memory_bytes(&self) -> usize {
+        self.pending.memory_bytes() + self.flights.blocks().memory_bytes()
+    }
+
+    /// Lets the policy look at the machine.
+    fn with_policy<R>(
+        &mut self,
+        now: Time,
+        ask: impl FnOnce(&mut dyn Policy, &View<'_>) -> R,
+    ) -> R {
+        let view = View {
+            now,
+            size: self.config.size,
+            pending: &self.pending,
+            in_flight_blocks: self.flights.blocks().count(),
+            write_heat: &self.write_heat,
+            link: self.estimate,
+            bytes_per_block: self.progress.bytes_per_block,
+        };
+        ask(&mut *self.policy, &view)
+    }
+
+    fn set_phase(&mut self, phase: SourcePhase) {
+        tracing::debug!(migration = %self.config.migration, from = ?self.phase, to = ?phase, "phase");
+        self.phase = phase;
+        self.events.push_back(SourceEvent::Phase(phase));
+    }
+
+    fn note(&mut self, text: impl Into<String>) {
+        self.events.push_back(SourceEvent::Note(text.into()));
+    }
+
+    // ---- inputs -------------------------------------------------------------------------------
+
+    /// The link to the target is there.
+    pub fn handle_link_up(&mut self, now: Time) {
+        self.control.clear();
+        self.link = LinkState::Opening;
+        let stage = match self.phase {
+            SourcePhase::Switching => SourceStage::Prepared(self.offered_epoch()),
+            SourcePhase::PostCopy | SourcePhase::Retiring | SourcePhase::Completed => {
+                SourceStage::Released(self.offered_epoch())
+            }
+            _ => SourceStage::Owner,
+        };
+        if matches!(self.phase, SourcePhase::Cancelled | SourcePhase::Failed) {
+            self.control.push_back(Message::Cancel);
+        } else {
+            self.control.push_back(Message::Open(Open {
+                volume: self.config.volume,
+                name: self.config.name.clone(),
+                size: self.config.size,
+                epoch: self.config.epoch,
+                incarnation: self.config.incarnation,
+                oldest_unacked: self.flights.oldest_unacked(),
+                stage,
+            }));
+        }
+        self.advance(now);
+    }
+
+    /// The link to the target broke.
+    pub fn handle_link_down(&mut self, _now: Time) {
+        self.link = LinkState::Down;
+        self.control.clear();
+    }
+
+    /// A message of the target.
+    pub fn handle_message(&mut self, now: Time, message: Message) {
+        match message {
+            Message::Accept(accept) => self.handle_accept(now, &accept),
+            Message::Ack { seqs } => self.flights.acknowledged(&seqs.0, &mut self.pending),
+            Message::Durable { seqs } => self.handle_durable(&seqs.0),
+            Message::Demand { runs } => self.handle_demand(runs.iter()),
+            Message::Unneeded { runs } => self.handle_unneeded(runs.iter()),
+            Message::SwitchDone { epoch } => self.handle_switch_done(now, epoch),
+            Message::SwitchRefused { epoch } => self.handle_switch_refused(epoch),
+            Message::Complete => self.handle_complete(now),
+            Message::Report(report) => self.progress.target = report,
+            Message::Failed(error) => self.handle_failed(error),
+            other => self.protocol_error(&format!("{} is not for a source", name_of(&other))),
+        }
+        self.advance(now);
+    }
+
+    /// Dirty marks that the driver drained from the volume.
+    pub fn handle_dirtied(&mut self, now: Time, dirty: &BlockSet) {
+        for run in dirty.runs() {
+            let mut at = run.start;
+            while at < run.end {
+                let chunk = BlockIndex(at).chunk();
+                let end = run.end.min(chunk.blocks().end);
+                self.write_heat.add(chunk, end - at, now);
+                at = end;
+            }
+        }
+        self.flights.dirtied(dirty, &mut self.pending);
+        self.advance(now);
+    }
+
+    /// Answer to [`SourceAction::Read`]: the packed content, or why there is none.
+    pub fn handle_read(
+        &mut self,
+        now: Time,
+        seq: Seq,
+        result: Result<(Vec<Entry>, Bytes), DiskError>,
+    ) {
+        match result {
+            Ok((entries, payload)) => self.queue(Blocks {
+                seq,
+                entries,
+                payload,
+            }),
+            Err(error) => self.handle_read_error(now, seq, &error),
+        }
+        self.advance(now);
+    }
+
+    /// Answer to [`SourceAction::Freeze`]: no guest I/O is in flight or let in; the last dirty marks.
+    pub fn handle_frozen(&mut self, now: Time, dirty: &BlockSet) {
+        self.flights.dirtied(dirty, &mut self.pending);
+        self.handle_stopped();
+        self.advance(now);
+    }
+
+    /// Answer to [`SourceAction::Persist`].
+    pub fn handle_persisted(
+        &mut self,
+        now: Time,
+        record: SourceRecord,
+        result: Result<(), DiskError>,
+    ) {
+        self.handle_record(now, record, result);
+        self.advance(now);
+    }
+
+    /// What the link measures.
+    pub fn handle_estimate(&mut self, now: Time, estimate: LinkEstimate) {
+        self.estimate = estimate;
+        self.advance(now);
+    }
+
+    /// The guest may be stopped: somebody asked, or no guest is connected.
+    pub fn handle_switchover(&mut self, now: Time, when: Switchover) {
+        self.switchover = self.switchover.max(when);
+        self.advance(now);
+    }
+
+    /// Ends the migration if the switch has not been made.
+    pub fn handle_cancel(&mut self, now: Time) {
+        self.end_early(Cancel::Asked);
+        self.advance(now);
+    }
+
+    /// The time of `poll_timeout` has come.
+    pub fn handle_timeout(&mut self, now: Time) {
+        if self.next_tick.is_some_and(|at| at <= now) {
+            self.next_tick = (!self.phase.is_final()).then(|| now + TICK);
+        }
+        self.advance(now);
+    }
+
+    // ---- outputs ------------------------------------------------------------------------------
+
+    /// The next thing to do.
+    pub fn poll_action(&mut self) -> Option<SourceAction> {
+        self.actions.pop_front()
+    }
+
+    /// The most urgent message of a class that the link has room for.
+    pub fn poll_transmit(&mut self, has_room: &dyn Fn(Class) -> bool) -> Option<(Class, Message)> {
+        if self.link == LinkState::Down {
+            return None;
+        }
+        if has_room(Class::Control)
+            && let Some(message) = self.control.pop_front()
+        {
+            return Some((Class::Control, message));
+        }
+        if self.link != LinkState::Accepted {
+            return None;
+        }
+        [Class::Fault, Class::Bulk]
+            .into_iter()
+            .filter(|&class| has_room(class))
+            .find_map(|class| {
+                self.next_content(class)
+                    .map(|blocks| (class, Message::Blocks(blocks)))
+            })
+    }
+
+    /// The next thing to tell.
+    pub fn poll_event(&mut self) -> Option<SourceEvent> {
+        self.events.pop_front()
+    }
+
+    /// When to call `handle_timeout`.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Time> {
+        self.next_tick
+    }
+
+    // ---- what follows from the inputs ---------------------------------------------------------
+
+    /// Does what has become possible. Called at the end of every input.
+    fn advance(&mut self, now: Time) {
+        self.schedule(now);
+        match self.phase {
+            SourcePhase::PreCopy => self.consider_switch(now),
+            SourcePhase::Draining if self.pending.is_empty() && self.flights.is_empty() => {
+                self.prepare();
+            }
+            _ => {}
+        }
+    }
+
+    fn handle_accept(&mut self, now: Time, accept: &Accept) {
+        if self.link != LinkState::Opening {
+            return self.protocol_error("an Accept that nobody asked for");
+        }
+        self.link = LinkState::Accepted;
+        let restarted = self
+            .target_incarnation
+            .is_some_and(|known| known != accept.incarnation);
+        self.target_incarnation = Some(accept.incarnation);
+        if restarted {
+            self.note("the target's agent was restarted");
+            self.flights.lost_undurable(&mut self.pending);
+        } else {
+            self.flights
+                .lost_except(&accept.received.0, &mut self.pending);
+        }
+        self.handle_target_stage(now, accept.stage);
+    }
+
+    fn protocol_error(&mut self, what: &str) {
+        let text = format!("the target sent something that makes no sense here: {what}");
+        self.note(text.clone());
+        if self.phase < SourcePhase::Preparing {
+            self.end_early(Cancel::Error(WireError::new(ErrorCode::PROTOCOL, text)));
+        }
+    }
+}
+
+/// The name of a message without its content.
+fn name_of(message: &Message) -> String {
+    let text = format!("{message:?}");
+    text.split(|c: char| !c.is_alphanumeric())
+        .next()
+        .unwrap_or_default()
+        .to_owned()
+}

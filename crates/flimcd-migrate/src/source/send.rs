@@ -1,0 +1,199 @@
+//! Choosing, reading and sending content.
+
+use flimcd_core::{BlockIndex, BlockRange, Seq, SeqSet, Time, limits};
+use flimcd_wire::{Blocks, Class, ErrorCode, Message, WireError};
+
+use super::{Cancel, LinkState, RETRY, SourceAction, SourceMachine, SourcePhase, flights::Stage};
+use crate::DiskError;
+
+/// Blocks that are read ahead of the link: 2 MiB. Enough to keep a disk busy, and little enough for what
+/// is sent next to be decided late.
+const PREPARED_BLOCKS_MAX: u64 = 512;
+/// Content that the link may have without acknowledgement, at least: 4 MiB.
+const SENT_BLOCKS_MIN: u64 = 1024;
+/// And at most: 128 MiB.
+const SENT_BLOCKS_MAX: u64 = 32 * 1024;
+/// Weight of a new message in the average cost of a block.
+const COST_WEIGHT: f64 = 1.0 / 256.0;
+
+impl SourceMachine {
+    /// Begins as many reads as are worth it.
+    pub(super) fn schedule(&mut self, now: Time) {
+        let may_read = self.read_retry.is_none_or(|at| at <= now);
+        while may_read
+            && self.link == LinkState::Accepted
+            && self.flights.prepared_blocks() < PREPARED_BLOCKS_MAX
+            && self.flights.sent_blocks() < self.window_blocks()
+        {
+            let Some(range) = self.choose(now) else { break };
+            self.start_read(range, false);
+        }
+    }
+
+    /// Three round trips of the link, counted in blocks.
+    fn window_blocks(&self) -> u64 {
+        let blocks = 3.0 * self.estimate.bytes_per_rtt() / self.progress.bytes_per_block;
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "clamped"
+        )]
+        let blocks = blocks.clamp(0.0, 1e12) as u64;
+        blocks.clamp(SENT_BLOCKS_MIN, SENT_BLOCKS_MAX)
+    }
+
+    fn choose(&mut self, now: Time) -> Option<BlockRange> {
+        let phase = self.phase;
+        let range = self.with_policy(now, |policy, view| match phase {
+            SourcePhase::PreCopy | SourcePhase::Draining => policy.next_precopy(view),
+            SourcePhase::PostCopy => policy.next_push(view),
+            _ => None,
+        })?;
+        assert!(
+            self.pending.contains_all(range),
+            "a policy may only choose pending blocks"
+        );
+        Some(range)
+    }
+
+    fn start_read(&mut self, range: BlockRange, urgent: bool) {
+        self.pending.remove_range(range);
+        let seq = self.flights.start(range, urgent);
+        let compress = self.policy.compress();
+        self.actions.push_back(SourceAction::Read {
+            seq,
+            range,
+            compress,
+        });
+    }
+
+    /// Content was read.
+    pub(super) fn queue(&mut self, blocks: Blocks) {
+        let Some(flight) = self.flights.get_mut(blocks.seq) else {
+            return;
+        };
+        flight.stage = Stage::Queued;
+        let queue = if flight.urgent {
+            &mut self.urgent
+        } else {
+            &mut self.bulk
+        };
+        queue.push_back(blocks);
+    }
+
+    pub(super) fn handle_read_error(&mut self, now: Time, seq: Seq, error: &DiskError) {
+        self.flights.abandon(seq, &mut self.pending);
+        if self.phase == SourcePhase::PostCopy || self.phase == SourcePhase::Switching {
+            // Nobody else has this content: whoever asked waits, and it is tried again.
+            self.note(format!("cannot read the image, trying again: {error}"));
+            self.read_retry = Some(now + RETRY);
+        } else {
+            let text = format!("cannot read the image at the source: {error}");
+            self.end_early(Cancel::Error(WireError::new(ErrorCode::DISK, text)));
+        }
+    }
+
+    /// The next message with content for the link.
+    pub(super) fn next_content(&mut self, class: Class) -> Option<Blocks> {
+        loop {
+            let queue = if class == Class::Fault {
+                &mut self.urgent
+            } else {
+                &mut self.bulk
+            };
+            let blocks = queue.pop_front()?;
+            if !self.flights.take_off(blocks.seq) {
+                self.flights.abandon(blocks.seq, &mut self.pending);
+                continue;
+            }
+            let count: u64 = blocks.ranges().map(BlockRange::len).sum();
+            let bytes = (blocks.payload.len() + 24 + 8 * blocks.entries.len()) as u64;
+            self.progress.blocks_sent += count;
+            self.progress.content_bytes_sent += bytes;
+            #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+            let weight = (count as f64 * COST_WEIGHT).min(1.0);
+            #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+            let cost = bytes as f64 / count as f64;
+            self.progress.bytes_per_block += weight * (cost - self.progress.bytes_per_block);
+            return Some(blocks);
+        }
+    }
+
+    pub(super) fn handle_durable(&mut self, seqs: &SeqSet) {
+        let clean = self.flights.durable(seqs, &self.pending);
+        if !clean.is_empty() {
+            self.actions.push_back(SourceAction::MarkClean(clean));
+        }
+    }
+
+    /// A guest at the target waits for these blocks.
+    pub(super) fn handle_demand(&mut self, runs: impl Iterator<Item = BlockRange>) {
+        if !matches!(self.phase, SourcePhase::Switching | SourcePhase::PostCopy) {
+            return self.protocol_error("a demand before the switch");
+        }
+        let mut blocks_left = limits::MAX_BLOCKS_PER_MESSAGE * 4;
+        for run in runs {
+            if run.end > self.config.size.blocks() || run.len() > blocks_left {
+                return self.protocol_error("a demand for too much, or beyond the volume");
+            }
+            blocks_left -= run.len();
+            self.policy.on_demand(run);
+            let (waiting, rest) = self.flights.split_demand(run);
+            for seq in waiting {
+                self.hurry(seq);
+            }
+            for range in rest {
+                for piece in by_chunk(range) {
+                    self.start_read(piece, true);
+                }
+            }
+        }
+    }
+
+    /// Moves a flight that the link has not taken to the front.
+    fn hurry(&mut self, seq: Seq) {
+        if let Some(flight) = self.flights.get_mut(seq) {
+            flight.urgent = true;
+        }
+        if let Some(at) = self.bulk.iter().position(|blocks| blocks.seq == seq)
+            && let Some(blocks) = self.bulk.remove(at)
+        {
+            self.urgent.push_back(blocks);
+        }
+    }
+
+    /// The guest at the target has overwritten these.
+    pub(super) fn handle_unneeded(&mut self, runs: impl Iterator<Item = BlockRange>) {
+        if self.phase != SourcePhase::PostCopy {
+            return;
+        }
+        let size = self.config.size.all_blocks();
+        let runs: Vec<_> = runs
+            .map(|run| run.intersect(size))
+            .filter(|r| !r.is_empty())
+            .collect();
+        for &run in &runs {
+            self.pending.remove_range(run);
+        }
+        if !runs.is_empty() {
+            self.actions.push_back(SourceAction::MarkClean(runs));
+        }
+    }
+
+    /// Queues a message; without a link it is made again from the phase once there is one.
+    pub(super) fn control_message(&mut self, message: Message) {
+        if self.link == LinkState::Accepted {
+            self.control.push_back(message);
+        }
+    }
+}
+
+/// Cuts a run where chunks begin.
+fn by_chunk(run: BlockRange) -> impl Iterator<Item = BlockRange> {
+    let mut at = run.start;
+    std::iter::from_fn(move || {
+        let piece = BlockRange::new(at, run.end.min(BlockIndex(at).chunk().blocks().end));
+        at = piece.end;
+        (!piece.is_empty()).then_some(piece)
+    })
+}

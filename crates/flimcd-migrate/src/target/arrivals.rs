@@ -1,0 +1,193 @@
+//! Messages with content that have arrived: which are being written, acknowledged, made durable.
+
+use std::collections::BTreeMap;
+
+use flimcd_core::{BlockRange, Seq, SeqSet, Time};
+use flimcd_wire::Blocks;
+
+use super::{ApplyId, SYNC_BYTES, SYNC_INTERVAL, SyncId};
+
+#[derive(Debug, Default)]
+pub(super) struct Arrivals {
+    /// Run of the source machine that the numbers belong to.
+    incarnation: Option<u64>,
+    /// Numbers that have arrived, from the oldest one on that the source may ask about.
+    received: SeqSet,
+    /// Numbers that must be dropped if they come.
+    stale: SeqSet,
+    /// Being written. Kept whole so that writing can be tried again.
+    applying: BTreeMap<ApplyId, Applying>,
+    next_apply: u64,
+    /// Could not be written; tried again at the next tick.
+    retries: Vec<Applying>,
+    /// Written, the source has not been told.
+    to_ack: SeqSet,
+    /// Written, not durable.
+    unsynced: SeqSet,
+    unsynced_bytes: u64,
+    unsynced_since: Option<Time>,
+    syncing: Option<(SyncId, SeqSet)>,
+    next_sync: u64,
+    /// Durable, all of this incarnation.
+    durable: SeqSet,
+}
+
+#[derive(Debug)]
+struct Applying {
+    blocks: Blocks,
+    /// False when the source was restarted since: its numbers mean something else now.
+    current: bool,
+}
+
+impl Arrivals {
+    /// The source has said who it is, and below which number everything is settled.
+    pub(super) fn open(&mut self, incarnation: u64, oldest_unacked: Seq) {
+        if self.incarnation == Some(incarnation) {
+            self.received.remove_below(oldest_unacked);
+            // Acknowledgements may have been lost with the link. All that is settled is said again.
+            self.to_ack = self.received.clone();
+            let open = self.applying.values().chain(&self.retries);
+            for seq in open
+                .filter(|apply| apply.current)
+                .map(|apply| apply.blocks.seq)
+            {
+                self.to_ack = without(&self.to_ack, seq);
+            }
+            return;
+        }
+        let applying = std::mem::take(&mut self.applying);
+        let foreign = |apply: Applying| Applying {
+            current: false,
+            ..apply
+        };
+        *self = Self {
+            incarnation: Some(incarnation),
+            applying: applying
+                .into_iter()
+                .map(|(id, apply)| (id, foreign(apply)))
+                .collect(),
+            retries: std::mem::take(&mut self.retries)
+                .into_iter()
+                .map(foreign)
+                .collect(),
+            next_apply: self.next_apply,
+            next_sync: self.next_sync,
+            ..Self::default()
+        };
+    }
+
+    pub(super) fn received(&self) -> &SeqSet {
+        &self.received
+    }
+
+    /// What the source may count on, to be said again after a link-up.
+    pub(super) fn durable(&self) -> &SeqSet {
+        &self.durable
+    }
+
+    pub(super) fn drop_stale(&mut self, seqs: &SeqSet) {
+        self.stale.union_with(seqs);
+    }
+
+    /// A message has come. False when it must be dropped.
+    pub(super) fn receive(&mut self, seq: Seq) -> bool {
+        !self.stale.contains(seq) && self.received.insert(seq)
+    }
+
+    /// Begins to write.
+    pub(super) fn begin(&mut self, blocks: Blocks) -> ApplyId {
+        self.begin_again(Applying {
+            blocks,
+            current: true,
+        })
+    }
+
+    fn begin_again(&mut self, apply: Applying) -> ApplyId {
+        let id = ApplyId(self.next_apply);
+        self.next_apply += 1;
+        self.applying.insert(id, apply);
+        id
+    }
+
+    /// Nothing is being written, nor waits for another try.
+    pub(super) fn is_idle(&self) -> bool {
+        self.applying.is_empty() && self.retries.is_empty()
+    }
+
+    /// Written. Returns the blocks.
+    pub(super) fn applied(&mut self, now: Time, id: ApplyId) -> Vec<BlockRange> {
+        let Some(apply) = self.applying.remove(&id) else {
+            return Vec::new();
+        };
+        self.unsynced_bytes += apply.blocks.ranges().map(BlockRange::len).sum::<u64>() * 4096;
+        self.unsynced_since.get_or_insert(now);
+        if apply.current {
+            self.to_ack.insert(apply.blocks.seq);
+            self.unsynced.insert(apply.blocks.seq);
+        }
+        apply.blocks.ranges().collect()
+    }
+
+    pub(super) fn forget(&mut self, id: ApplyId) {
+        self.applying.remove(&id);
+    }
+
+    pub(super) fn retry_later(&mut self, id: ApplyId) {
+        self.retries.extend(self.applying.remove(&id));
+    }
+
+    /// Begins to write again what could not be written.
+    pub(super) fn take_retries(&mut self) -> Vec<(ApplyId, Blocks)> {
+        let retries = std::mem::take(&mut self.retries);
+        retries
+            .into_iter()
+            .map(|apply| {
+                let blocks = apply.blocks.clone();
+                (self.begin_again(apply), blocks)
+            })
+            .collect()
+    }
+
+    /// Numbers to acknowledge now.
+    pub(super) fn take_acks(&mut self) -> Option<SeqSet> {
+        (!self.to_ack.is_empty()).then(|| std::mem::take(&mut self.to_ack))
+    }
+
+    /// When the next sync is due, unless one is under way.
+    pub(super) fn sync_due(&self) -> Option<Time> {
+        let since = self.unsynced_since?;
+        self.syncing.is_none().then(|| since + SYNC_INTERVAL)
+    }
+
+    /// Begins a sync if one is due.
+    pub(super) fn begin_sync(&mut self, now: Time) -> Option<SyncId> {
+        let due = self.sync_due()?;
+        if now < due && self.unsynced_bytes < SYNC_BYTES {
+            return None;
+        }
+        let id = SyncId(self.next_sync);
+        self.next_sync += 1;
+        self.unsynced_since = None;
+        self.unsynced_bytes = 0;
+        self.syncing = Some((id, std::mem::take(&mut self.unsynced)));
+        Some(id)
+    }
+
+    /// A sync ended. Returns what is durable now.
+    pub(super) fn synced(&mut self, now: Time, id: SyncId, done: bool) -> Option<SeqSet> {
+        let (_, seqs) = self.syncing.take_if(|(syncing, _)| *syncing == id)?;
+        if done {
+            self.durable.union_with(&seqs);
+            return Some(seqs);
+        }
+        self.unsynced.union_with(&seqs);
+        self.unsynced_since.get_or_insert(now);
+        None
+    }
+}
+
+fn without(set: &SeqSet, seq: Seq) -> SeqSet {
+    set.runs()
+        .flat_map(|(start, end)| [(start, end.min(seq.0)), (start.max(seq.0 + 1), end)])
+        .collect()
+}
