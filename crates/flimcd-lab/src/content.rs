@@ -105,8 +105,7 @@ mod tests {
     fn any_length_is_filled_and_seeds_differ() {
         for len in [0, 1, 7, 8, 15, 16, 17, 512, 4095] {
             for fill in [fill_text, fill_noise] {
-                let (mut one, mut same, mut other) =
-                    (vec![0; len], vec![0; len], vec![0; len]);
+                let (mut one, mut same, mut other) = (vec![0; len], vec![0; len], vec![0; len]);
                 fill(1, &mut one);
                 fill(1, &mut same);
                 fill(2, &mut other);

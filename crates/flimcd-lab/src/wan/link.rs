@@ -125,7 +125,11 @@ impl Link {
     pub fn room_at(&self, len: u64) -> Time {
         let limit = self.model.queue_limit_bytes().saturating_sub(len);
         let drain = self.model.transmission(limit);
-        Time(self.free_at.0.saturating_sub(u64::try_from(drain.as_nanos()).unwrap_or(u64::MAX)))
+        Time(
+            self.free_at
+                .0
+                .saturating_sub(u64::try_from(drain.as_nanos()).unwrap_or(u64::MAX)),
+        )
     }
 
     /// Decides about a packet of `len` bytes that arrives at `now`.
@@ -150,7 +154,9 @@ impl Link {
         self.counters.bytes += len;
         let arrival = self.free_at + self.propagation();
         if self.rng.chance(self.model.reorder) {
-            let overtakers = self.model.transmission(HOLD_BACK_PACKETS * FULL_PACKET_BYTES);
+            let overtakers = self
+                .model
+                .transmission(HOLD_BACK_PACKETS * FULL_PACKET_BYTES);
             return Verdict::Deliver(arrival + overtakers.max(HOLD_BACK_MIN));
         }
         self.last_delivery = self.last_delivery.max(arrival);
@@ -198,13 +204,17 @@ mod tests {
     #[test]
     fn the_queue_is_bounded_and_drains_at_the_rate() {
         let mut link = link("8mbit,40ms,queue=10KB");
-        let accepted =
-            (0..30).filter(|_| matches!(link.offer(Time(0), 1000), Verdict::Deliver(_))).count();
+        let accepted = (0..30)
+            .filter(|_| matches!(link.offer(Time(0), 1000), Verdict::Deliver(_)))
+            .count();
         assert_eq!(accepted, 10);
         assert_eq!(link.counters().dropped_queue, 20);
         assert_eq!(link.counters().queue_bytes_max, 10_000);
         assert_eq!(link.room_at(1000), Time(MS));
-        assert_eq!(link.offer(Time(MS - 1), 1000), Verdict::Drop(DropCause::Queue));
+        assert_eq!(
+            link.offer(Time(MS - 1), 1000),
+            Verdict::Drop(DropCause::Queue)
+        );
         assert_eq!(delivery(link.offer(Time(MS), 1000)), Time(31 * MS));
     }
 
@@ -256,14 +266,18 @@ mod tests {
             spread = (spread.0.min(took), spread.1.max(took));
         }
         assert!(spread.0 >= 17 * MS && spread.0 < 18 * MS, "{spread:?}");
-        assert!(spread.1 <= 23 * MS + 1000 && spread.1 > 22 * MS, "{spread:?}");
+        assert!(
+            spread.1 <= 23 * MS + 1000 && spread.1 > 22 * MS,
+            "{spread:?}"
+        );
     }
 
     #[test]
     fn reordering_lets_later_packets_overtake() {
         let mut link = link("100mbit,10ms,reorder=5%");
-        let times: Vec<Time> =
-            (0..1000).map(|i| delivery(link.offer(Time(i * 200_000), 1500))).collect();
+        let times: Vec<Time> = (0..1000)
+            .map(|i| delivery(link.offer(Time(i * 200_000), 1500)))
+            .collect();
         let overtaken = times.windows(2).filter(|pair| pair[1] < pair[0]).count();
         assert!((25..90).contains(&overtaken), "{overtaken}");
     }

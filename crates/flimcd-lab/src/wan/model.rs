@@ -64,7 +64,8 @@ impl LinkModel {
     /// The queue's size: as stated, or one bandwidth-delay product.
     #[must_use]
     pub fn queue_limit_bytes(&self) -> u64 {
-        self.queue_bytes.unwrap_or_else(|| self.bdp_bytes().max(QUEUE_BYTES_MIN))
+        self.queue_bytes
+            .unwrap_or_else(|| self.bdp_bytes().max(QUEUE_BYTES_MIN))
     }
 
     /// Time that `bytes` occupy the link.
@@ -114,15 +115,24 @@ impl FromStr for LinkModel {
     type Err = ParseLinkError;
 
     fn from_str(text: &str) -> Result<Self, ParseLinkError> {
-        parse(text).map_err(|problem| ParseLinkError { text: text.to_owned(), problem })
+        parse(text).map_err(|problem| ParseLinkError {
+            text: text.to_owned(),
+            problem,
+        })
     }
 }
 
 fn parse(text: &str) -> Result<LinkModel, Problem> {
     let (mut rate, mut delay, mut jitter, mut loss, mut reorder) = (None, None, None, None, None);
     let mut queue: Option<&str> = None;
-    for part in text.split(',').map(str::trim).filter(|part| !part.is_empty()) {
-        let (key, value) = part.split_once('=').map_or((None, part), |(k, v)| (Some(k.trim()), v));
+    for part in text
+        .split(',')
+        .map(str::trim)
+        .filter(|part| !part.is_empty())
+    {
+        let (key, value) = part
+            .split_once('=')
+            .map_or((None, part), |(k, v)| (Some(k.trim()), v));
         let value = value.trim();
         match key {
             None => match (parse_rate(value), parse_time(value)) {
@@ -170,7 +180,10 @@ fn set<T>(slot: &mut Option<T>, name: &'static str, value: T) -> Result<(), Prob
 }
 
 fn bad(value: &str, kind: &'static str) -> Problem {
-    Problem::Value { value: value.to_owned(), kind }
+    Problem::Value {
+        value: value.to_owned(),
+        kind,
+    }
 }
 
 fn time(value: &str) -> Result<Duration, Problem> {
@@ -187,8 +200,11 @@ fn checked_rate(bits: u64, value: &str) -> Result<u64, Problem> {
 
 fn share(value: &str) -> Result<f64, Problem> {
     let (number, scale) = value.strip_suffix('%').map_or((value, 1.0), |n| (n, 0.01));
-    let share =
-        number.trim().parse::<f64>().map_err(|_| bad(value, "share like 0.1%"))? * scale;
+    let share = number
+        .trim()
+        .parse::<f64>()
+        .map_err(|_| bad(value, "share like 0.1%"))?
+        * scale;
     if !(0.0..=1.0).contains(&share) {
         return Err(Problem::Range(value.to_owned()));
     }
@@ -224,7 +240,9 @@ fn parse_time(text: &str) -> Option<Duration> {
         "s" => 1e9,
         _ => return None,
     };
-    rounded(number * nanos).map(Duration::from_nanos).filter(|t| *t <= Duration::from_hours(1))
+    rounded(number * nanos)
+        .map(Duration::from_nanos)
+        .filter(|t| *t <= Duration::from_hours(1))
 }
 
 fn parse_bytes(text: &str) -> Option<u64> {
@@ -247,7 +265,11 @@ fn rounded(value: f64) -> Option<u64> {
     if !(0.0..=9_007_199_254_740_992.0).contains(&value) {
         return None;
     }
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked above")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "checked above"
+    )]
     let whole = value.round() as u64;
     Some(whole)
 }
@@ -309,7 +331,10 @@ mod tests {
     #[test]
     fn texts_name_links() {
         let plain = link("200mbit,40ms");
-        assert_eq!(plain, LinkModel::new(200_000_000, Duration::from_millis(40)));
+        assert_eq!(
+            plain,
+            LinkModel::new(200_000_000, Duration::from_millis(40))
+        );
         assert_eq!(plain.delay, Duration::from_millis(20));
         assert_eq!(plain.bdp_bytes(), 1_000_000);
         assert_eq!(plain.queue_limit_bytes(), 1_000_000);
@@ -340,7 +365,10 @@ mod tests {
     fn wrong_texts_say_what_is_wrong() {
         let check = |text: &str, part: &str| {
             let error = text.parse::<LinkModel>().unwrap_err().to_string();
-            assert!(error.contains(part) && error.contains("200mbit,40ms"), "{text}: {error}");
+            assert!(
+                error.contains(part) && error.contains("200mbit,40ms"),
+                "{text}: {error}"
+            );
         };
         check("", "no rate");
         check("40ms", "no rate");

@@ -76,7 +76,13 @@ impl Conn {
         let mut ends = [End::default(), End::default()];
         ends[from.index()].socket = Some(client);
         ends[from.index()].is_readable = true;
-        Self { ends, from, route, read_from, connect_at: Some(connect_at) }
+        Self {
+            ends,
+            from,
+            route,
+            read_from,
+            connect_at: Some(connect_at),
+        }
     }
 
     /// The socket towards `side`.
@@ -131,7 +137,9 @@ impl Conn {
     /// Reads at most `max` bytes from `side` into a vector from `spare`.
     pub(super) fn read(&mut self, side: Side, max: usize, spare: &mut Vec<Vec<u8>>) -> Received {
         let end = &mut self.ends[side.index()];
-        let Some(mut socket) = end.socket.as_ref() else { return Received::Empty };
+        let Some(mut socket) = end.socket.as_ref() else {
+            return Received::Empty;
+        };
         let mut buffer = spare.pop().unwrap_or_default();
         buffer.resize(max, 0);
         match socket.read(&mut buffer) {
@@ -235,5 +243,8 @@ impl Conn {
 }
 
 fn is_retry(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+    )
 }

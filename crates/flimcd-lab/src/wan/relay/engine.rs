@@ -184,7 +184,9 @@ impl Engine {
             }
             Polled::Listener(index) => self.accept(index),
             Polled::Conn(number, side) => {
-                let Some(conn) = self.conns.get_mut(&number) else { return };
+                let Some(conn) = self.conns.get_mut(&number) else {
+                    return;
+                };
                 if events.intersects(PollFlags::IN | PollFlags::HUP | PollFlags::ERR) {
                     conn.set_readable(side);
                 }
@@ -285,12 +287,11 @@ impl Engine {
             }
             let target = self.routes[conn.route].target;
             let model = self.directions[0].link.model();
-            let opened = new_socket(target, model).and_then(|socket| {
-                match socket.connect(&target.into()) {
+            let opened =
+                new_socket(target, model).and_then(|socket| match socket.connect(&target.into()) {
                     Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => Err(error),
                     _ => Ok(socket),
-                }
-            });
+                });
             match opened {
                 Ok(socket) => conn.set_connected(socket.into()),
                 Err(error) => {
@@ -308,12 +309,20 @@ impl Engine {
     fn deliver_due(&mut self, from: Side, now: Time) {
         loop {
             let direction = &mut self.directions[from.index()];
-            if direction.on_the_way.front().is_none_or(|(at, ..)| *at > now) {
+            if direction
+                .on_the_way
+                .front()
+                .is_none_or(|(at, ..)| *at > now)
+            {
                 return;
             }
-            let Some((_, number, segment)) = direction.on_the_way.pop_front() else { return };
+            let Some((_, number, segment)) = direction.on_the_way.pop_front() else {
+                return;
+            };
             direction.on_the_way_bytes -= segment.len();
-            let Some(conn) = self.conns.get_mut(&number) else { continue };
+            let Some(conn) = self.conns.get_mut(&number) else {
+                continue;
+            };
             if let Some(reset) = conn.deliver(from.other(), segment, &mut self.spare) {
                 self.send(from.other(), number, reset);
             }
@@ -341,7 +350,9 @@ impl Engine {
                 .map(|(&number, _)| number);
             let Some(number) = turn else { return };
             self.directions[from.index()].last_served = number;
-            let Some(conn) = self.conns.get_mut(&number) else { return };
+            let Some(conn) = self.conns.get_mut(&number) else {
+                return;
+            };
             let max = usize::try_from(portion).unwrap_or(usize::MAX);
             if let Received::Segment(segment) = conn.read(from, max, &mut self.spare) {
                 self.send(from, number, segment);
@@ -359,14 +370,20 @@ impl Engine {
             Verdict::Deliver(at) => at,
             Verdict::Drop(_) => now + direction.link.model().delay,
         };
-        let at = direction.on_the_way.back().map_or(at, |(last, ..)| at.max(*last));
+        let at = direction
+            .on_the_way
+            .back()
+            .map_or(at, |(last, ..)| at.max(*last));
         direction.on_the_way_bytes += segment.len();
         direction.on_the_way.push_back((at, number, segment));
     }
 
     /// Bytes read at once: about a tick's worth.
     fn portion(&self, from: Side) -> u64 {
-        let rate = self.directions[from.index()].link.model().rate_bytes_per_sec();
+        let rate = self.directions[from.index()]
+            .link
+            .model()
+            .rate_bytes_per_sec();
         (rate / 4000).clamp(1448, 64 << 10)
     }
 
@@ -388,7 +405,11 @@ impl Segment {
 
 /// The model without what a relay cannot do.
 fn relayable(model: LinkModel) -> LinkModel {
-    LinkModel { loss: 0.0, reorder: 0.0, ..model }
+    LinkModel {
+        loss: 0.0,
+        reorder: 0.0,
+        ..model
+    }
 }
 
 /// Timers of this thread fire within a microsecond of their time.

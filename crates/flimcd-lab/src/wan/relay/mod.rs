@@ -97,7 +97,9 @@ pub enum RelayError {
     #[error("the relay would listen on {0}, which is not a loopback address; use 127.0.0.1 or ::1")]
     NotLoopback(SocketAddr),
     /// The address cannot be listened on.
-    #[error("the relay cannot listen on {address}: {source}; choose another port, or 0 for a free one")]
+    #[error(
+        "the relay cannot listen on {address}: {source}; choose another port, or 0 for a free one"
+    )]
     Listen {
         /// The address.
         address: SocketAddr,
@@ -130,9 +132,13 @@ impl Relay {
         for route in &options.routes {
             listeners.push(listen(route.listen, &options.model)?);
         }
-        let addresses =
-            listeners.iter().map(TcpListener::local_addr).collect::<io::Result<Vec<_>>>()?;
-        let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(io::Error::from)?);
+        let addresses = listeners
+            .iter()
+            .map(TcpListener::local_addr)
+            .collect::<io::Result<Vec<_>>>()?;
+        let wake = Arc::new(
+            eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(io::Error::from)?,
+        );
         let counters = Arc::new(Mutex::new(RelayCounters::default()));
         let (commands, inbox) = mpsc::channel();
         let cannot_model = what_is_missing(&options.model);
@@ -146,7 +152,14 @@ impl Relay {
         let thread = std::thread::Builder::new()
             .name("wan-relay".into())
             .spawn(move || engine.run())?;
-        Ok(Self { addresses, cannot_model, commands, wake, counters, thread: Some(thread) })
+        Ok(Self {
+            addresses,
+            cannot_model,
+            commands,
+            wake,
+            counters,
+            thread: Some(thread),
+        })
     }
 
     /// Addresses listened on, in the order of the routes.
@@ -239,7 +252,11 @@ fn listen(address: SocketAddr, model: &LinkModel) -> Result<TcpListener, RelayEr
 /// A non-blocking socket whose buffers hold no more than the relay needs between two looks, so
 /// that bytes queue in the model and not in the kernel.
 fn new_socket(address: SocketAddr, model: &LinkModel) -> io::Result<Socket> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    let socket = Socket::new(
+        Domain::for_address(address),
+        Type::STREAM,
+        Some(Protocol::TCP),
+    )?;
     socket.set_nonblocking(true)?;
     socket.set_recv_buffer_size(receive_buffer_bytes(model))?;
     // On loopback a segment is as large as such a buffer, and a sender that sees no window for a

@@ -1,0 +1,4 @@
+//! Integration tests of the lab: relay over loopback, namespaces, loads.
+
+mod load;
+mod relay;
