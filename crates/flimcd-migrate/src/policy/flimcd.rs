@@ -9,7 +9,9 @@
 //! time to switch. After the switch the hottest chunks go first, because what was written much is read
 //! soon, then the rest, from where the guest last waited.
 
-use flimcd_core::{BLOCKS_PER_CHUNK, BlockIndex, BlockRange};
+use std::time::Duration;
+
+use flimcd_core::{BLOCKS_PER_CHUNK, BlockIndex, BlockRange, Time};
 
 use super::{
     Policy, View,
@@ -18,6 +20,8 @@ use super::{
 
 /// `ln 2`: expected writes before the switch at which a rewrite is as likely as not.
 const EXPECTED_WRITES_MAX: f64 = std::f64::consts::LN_2;
+/// A search of the whole volume that found nothing is not repeated before this has passed.
+const SEARCH_INTERVAL: Duration = Duration::from_millis(50);
 /// Chunks that are ordered by heat at the switch: 8 bytes each, 16 GiB of hot volume.
 const HOT_CHUNKS_MAX: usize = 1 << 18;
 
@@ -26,8 +30,10 @@ pub(super) struct Flimcd {
     cursor: Cursor,
     /// Hot chunks that the target misses, hottest last.
     hot: Vec<BlockIndex>,
-    /// Nothing is worth sending until the view changes.
-    dry: bool,
+    /// No never-written block is pending, as far as known, until this time.
+    no_cold_until: Time,
+    /// Nothing is worth sending, as far as known, until this time.
+    dry_until: Option<Time>,
 }
 
 impl Flimcd {
@@ -40,12 +46,15 @@ impl Flimcd {
 
 /// The heat of a chunk above which one of its blocks will probably be written before the switch.
 fn heat_limit(view: &View<'_>) -> f64 {
-    // A decayed count of events at rate r settles at r × half-life ÷ ln 2.
+    // A decayed count of events at rate r settles at r × half-life ÷ ln 2; while counting is young it has
+    // got only a part of the way.
     let half_life_s = crate::HEAT_HALF_LIFE.as_secs_f64();
+    let age_s = view.now.since(view.heat_since).as_secs_f64();
+    let settled = 1.0 - (-age_s / half_life_s).exp2();
     let rate_max = EXPECTED_WRITES_MAX / view.time_to_send_pending().as_secs_f64().max(1e-3);
     #[expect(clippy::cast_precision_loss, reason = "16")]
     let per_chunk = rate_max * BLOCKS_PER_CHUNK as f64;
-    per_chunk * half_life_s / std::f64::consts::LN_2
+    per_chunk * settled * half_life_s / std::f64::consts::LN_2
 }
 
 impl Policy for Flimcd {
@@ -54,15 +63,25 @@ impl Policy for Flimcd {
     }
 
     fn next_precopy(&mut self, view: &View<'_>) -> Option<BlockRange> {
-        let next = self
-            .next_below(view, 0.0)
-            .or_else(|| self.next_below(view, heat_limit(view)));
-        self.dry = next.is_none();
+        if self.dry_until.is_some_and(|until| view.now < until) {
+            return None;
+        }
+        self.dry_until = None;
+        if view.now >= self.no_cold_until {
+            if let Some(run) = self.next_below(view, 0.0) {
+                return Some(run);
+            }
+            self.no_cold_until = view.now + SEARCH_INTERVAL;
+        }
+        let next = self.next_below(view, heat_limit(view));
+        if next.is_none() {
+            self.dry_until = Some(view.now + SEARCH_INTERVAL);
+        }
         next
     }
 
     fn is_ready(&mut self, _view: &View<'_>) -> bool {
-        self.dry
+        self.dry_until.is_some()
     }
 
     fn begin_push(&mut self, view: &View<'_>) {

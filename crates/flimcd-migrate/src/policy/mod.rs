@@ -31,6 +31,8 @@ pub struct View<'a> {
     pub in_flight_blocks: u64,
     /// Decayed write rate per chunk.
     pub write_heat: &'a Heat,
+    /// Since when writes have been counted.
+    pub heat_since: Time,
     /// What the link does.
     pub link: LinkEstimate,
     /// Bytes that a block has cost on the link so far, on average.

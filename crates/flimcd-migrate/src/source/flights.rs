@@ -7,7 +7,7 @@
 //! ```
 //! No block is in two flights at once, so content of a block can never be overtaken by an older one.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
 use flimcd_core::{BlockRange, BlockSet, Seq, SeqSet};
 
@@ -42,7 +42,7 @@ pub(super) struct Flights {
     /// Acknowledged, not yet durable at the target.
     undurable: BTreeMap<Seq, BlockRange>,
     /// For every undurable block the flight that brought its newest content.
-    newest: HashMap<u64, Seq>,
+    newest: BTreeMap<u64, Seq>,
 }
 
 impl Flights {
@@ -54,7 +54,7 @@ impl Flights {
             redirtied: BlockSet::new(blocks),
             prepared_blocks: 0,
             undurable: BTreeMap::new(),
-            newest: HashMap::new(),
+            newest: BTreeMap::new(),
         }
     }
 

@@ -20,183 +20,28 @@
 mod flights;
 mod handover;
 mod send;
+mod types;
 
 use std::{collections::VecDeque, time::Duration};
 
 use bytes::Bytes;
-use flimcd_core::{
-    BlockIndex, BlockRange, BlockSet, Epoch, Heat, MigrationId, Seq, Time, VolumeId, VolumeName,
-    VolumeSize,
-};
-use flimcd_wire::{
-    Accept, Blocks, Class, Entry, ErrorCode, Message, Open, SourceStage, TargetReport, WireError,
-};
+use flimcd_core::{BlockIndex, BlockSet, Epoch, Heat, Seq, Time};
+use flimcd_wire::{Accept, Blocks, Class, Entry, ErrorCode, Message, Open, SourceStage, WireError};
 
 use crate::{
     DiskError, HEAT_HALF_LIFE, LinkEstimate,
     policy::{Policy, View},
 };
 use flights::Flights;
+pub use types::{
+    SourceAction, SourceConfig, SourceEvent, SourcePhase, SourceProgress, SourceRecord,
+    SourceStart, Switchover,
+};
 
 /// How often the policy is asked whether to switch while nothing else happens.
 const TICK: Duration = Duration::from_millis(50);
 /// Wait before something that failed after the switch is tried again.
 const RETRY: Duration = Duration::from_secs(1);
-
-/// What a migration is about.
-pub struct SourceConfig {
-    /// Its number.
-    pub migration: MigrationId,
-    /// Identity of the volume.
-    pub volume: VolumeId,
-    /// Name of the volume.
-    pub name: VolumeName,
-    /// Size of the volume.
-    pub size: VolumeSize,
-    /// The source's epoch when the migration began.
-    pub epoch: Epoch,
-    /// Random number of this run.
-    pub incarnation: u64,
-}
-
-/// Where the machine begins.
-#[derive(Clone, Debug)]
-pub enum SourceStart {
-    /// A new migration.
-    Fresh {
-        /// Blocks that are not holes. The target begins with a volume of zeroes.
-        data: BlockSet,
-    },
-    /// The agent was restarted.
-    Resume {
-        /// What the durable record says.
-        stage: SourceStage,
-        /// Blocks that the target may lack, as the volume kept them.
-        unacked: BlockSet,
-    },
-}
-
-/// What the durable record of the volume must say.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SourceRecord {
-    /// The source owns the volume with the epoch it had; the migration is over.
-    Owner,
-    /// The guest is stopped and the target is offered this epoch.
-    Prepared(Epoch),
-    /// The target owns this epoch; the source serves missing blocks.
-    Released(Epoch),
-    /// The target owns this epoch and needs nothing more.
-    Retired(Epoch),
-}
-
-/// What the driver must do.
-#[derive(Clone, Debug, PartialEq)]
-pub enum SourceAction {
-    /// Clear the dirty marks of `range` and read it (in this order: `Volume::read_for_send`), pack it,
-    /// and answer with `handle_read`. The marks are cleared before the next action begins.
-    Read {
-        /// Number of the message it will be.
-        seq: Seq,
-        /// The blocks, at most a chunk.
-        range: BlockRange,
-        /// Whether to compress.
-        compress: bool,
-    },
-    /// The target has these for good: clear them in the volume's record of unacknowledged blocks, except
-    /// those that are marked dirty. Done before the next action and before dirty marks are drained again.
-    MarkClean(Vec<BlockRange>),
-    /// Let no new guest I/O in; when what is in flight is done, drain the dirty marks a last time and
-    /// answer with `handle_frozen`.
-    Freeze,
-    /// Serve the guest again. Done at once.
-    Thaw,
-    /// Make the record say this, durably, and answer with `handle_persisted`.
-    Persist(SourceRecord),
-    /// Refuse guest I/O for good: the volume has moved. Done at once.
-    Release,
-    /// Whether guests can fault: bulk is paced then. Done at once.
-    SetPacing(bool),
-}
-
-/// What the driver may want to tell somebody.
-#[derive(Clone, Debug, PartialEq)]
-pub enum SourceEvent {
-    /// A new phase.
-    Phase(SourcePhase),
-    /// The policy would switch now; it waits for `handle_switchover`.
-    ReadyForSwitchover,
-    /// The target owns the volume.
-    SwitchedOver,
-    /// The target has everything; the source can be switched off.
-    Completed,
-    /// Ended before the switch, as asked.
-    Cancelled,
-    /// Ended before the switch, by an error. The guest is still served here.
-    Failed(WireError),
-    /// Something a person should know; the migration goes on.
-    Note(String),
-}
-
-/// See the module's documentation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[expect(missing_docs, reason = "described in the module's documentation")]
-pub enum SourcePhase {
-    Connecting,
-    PreCopy,
-    Stopping,
-    Draining,
-    Preparing,
-    Switching,
-    PostCopy,
-    Retiring,
-    Completed,
-    Cancelled,
-    Failed,
-}
-
-impl SourcePhase {
-    /// Whether guest writes at the source still matter: drain dirty marks in these phases.
-    #[must_use]
-    pub const fn wants_dirty(self) -> bool {
-        matches!(self, Self::Connecting | Self::PreCopy)
-    }
-
-    /// Whether nothing more happens, once everything has been transmitted.
-    #[must_use]
-    pub const fn is_final(self) -> bool {
-        matches!(self, Self::Completed | Self::Cancelled | Self::Failed)
-    }
-}
-
-/// When to switch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Switchover {
-    /// Not before it is granted.
-    Wait,
-    /// As soon as the policy is ready.
-    WhenReady,
-    /// At once, whatever the policy says.
-    Now,
-}
-
-/// How far it is.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct SourceProgress {
-    /// Blocks of the volume that had content when the migration began (or was resumed).
-    pub blocks_total: u64,
-    /// Blocks whose current content the target lacks, on their way or not.
-    pub blocks_left: u64,
-    /// Blocks whose content was handed to the link, counted each time.
-    pub blocks_sent: u64,
-    /// Bytes of messages with content that were handed to the link, without the link's own overhead.
-    pub content_bytes_sent: u64,
-    /// Bytes a block costs on average, for estimates.
-    pub bytes_per_block: f64,
-    /// The policy would switch now.
-    pub ready: bool,
-    /// What the target last said of its guest.
-    pub target: TargetReport,
-}
 
 /// The source machine. The contract of its driver stands in the crate's documentation.
 pub struct SourceMachine {
@@ -207,6 +52,7 @@ pub struct SourceMachine {
     pending: BlockSet,
     flights: Flights,
     write_heat: Heat,
+    heat_since: Time,
     link: LinkState,
     estimate: LinkEstimate,
     target_incarnation: Option<u64>,
@@ -269,6 +115,7 @@ impl SourceMachine {
             pending,
             flights: Flights::new(blocks),
             write_heat: Heat::new(config.size, HEAT_HALF_LIFE, now),
+            heat_since: now,
             link: LinkState::Down,
             estimate: LinkEstimate::default(),
             target_incarnation: None,
@@ -331,6 +178,7 @@ impl SourceMachine {
             pending: &self.pending,
             in_flight_blocks: self.flights.blocks().count(),
             write_heat: &self.write_heat,
+            heat_since: self.heat_since,
             link: self.estimate,
             bytes_per_block: self.progress.bytes_per_block,
         };

@@ -95,6 +95,9 @@ impl SourceMachine {
 
     /// The next message with content for the link.
     pub(super) fn next_content(&mut self, class: Class) -> Option<Blocks> {
+        if self.phase.is_final() {
+            return None;
+        }
         loop {
             let queue = if class == Class::Fault {
                 &mut self.urgent

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use flimcd_core::{BlockRange, Seq, SeqSet, Time};
+use flimcd_core::{BLOCK_SIZE, BlockRange, Seq, SeqSet, Time};
 use flimcd_wire::Blocks;
 
 use super::{ApplyId, SYNC_BYTES, SYNC_INTERVAL, SyncId};
@@ -16,10 +16,10 @@ pub(super) struct Arrivals {
     /// Numbers that must be dropped if they come.
     stale: SeqSet,
     /// Being written. Kept whole so that writing can be tried again.
-    applying: BTreeMap<ApplyId, Applying>,
+    applying: BTreeMap<ApplyId, Blocks>,
     next_apply: u64,
     /// Could not be written; tried again at the next tick.
-    retries: Vec<Applying>,
+    retries: Vec<Blocks>,
     /// Written, the source has not been told.
     to_ack: SeqSet,
     /// Written, not durable.
@@ -32,48 +32,51 @@ pub(super) struct Arrivals {
     durable: SeqSet,
 }
 
-#[derive(Debug)]
-struct Applying {
-    blocks: Blocks,
-    /// False when the source was restarted since: its numbers mean something else now.
-    current: bool,
-}
-
 impl Arrivals {
+    /// Whether content of an earlier run of the source is still being written. What the new run sends
+    /// could be overtaken by it, so nothing may be accepted before. Gives up what waits for another
+    /// try: the source will send it again.
+    pub(super) fn must_wait_for(&mut self, incarnation: u64) -> bool {
+        if self.incarnation == Some(incarnation) {
+            return false;
+        }
+        self.retries.clear();
+        !self.applying.is_empty()
+    }
+
     /// The source has said who it is, and below which number everything is settled.
     pub(super) fn open(&mut self, incarnation: u64, oldest_unacked: Seq) {
-        if self.incarnation == Some(incarnation) {
-            self.received.remove_below(oldest_unacked);
-            // Acknowledgements may have been lost with the link. All that is settled is said again.
-            self.to_ack = self.received.clone();
-            let open = self.applying.values().chain(&self.retries);
-            for seq in open
-                .filter(|apply| apply.current)
-                .map(|apply| apply.blocks.seq)
-            {
-                self.to_ack = without(&self.to_ack, seq);
-            }
+        if self.incarnation != Some(incarnation) {
+            let (next_apply, next_sync) = (self.next_apply, self.next_sync);
+            let incarnation = Some(incarnation);
+            *self = Self {
+                incarnation,
+                next_apply,
+                next_sync,
+                ..Self::default()
+            };
             return;
         }
-        let applying = std::mem::take(&mut self.applying);
-        let foreign = |apply: Applying| Applying {
-            current: false,
-            ..apply
-        };
-        *self = Self {
-            incarnation: Some(incarnation),
-            applying: applying
-                .into_iter()
-                .map(|(id, apply)| (id, foreign(apply)))
-                .collect(),
-            retries: std::mem::take(&mut self.retries)
-                .into_iter()
-                .map(foreign)
-                .collect(),
-            next_apply: self.next_apply,
-            next_sync: self.next_sync,
-            ..Self::default()
-        };
+        self.received.remove_below(oldest_unacked);
+        // Acknowledgements may have been lost with the link. All that is settled is said again.
+        self.to_ack = self.received.clone();
+        let open: Vec<_> = self
+            .applying
+            .values()
+            .chain(&self.retries)
+            .map(|b| b.seq)
+            .collect();
+        for seq in open {
+            self.not_yet(seq);
+        }
+    }
+
+    /// This has arrived and is not written: not to be acknowledged.
+    pub(super) fn not_yet(&mut self, seq: Seq) {
+        let runs = self.to_ack.runs();
+        let around =
+            |(start, end): (u64, u64)| [(start, end.min(seq.0)), (start.max(seq.0 + 1), end)];
+        self.to_ack = runs.flat_map(around).collect();
     }
 
     pub(super) fn received(&self) -> &SeqSet {
@@ -96,16 +99,9 @@ impl Arrivals {
 
     /// Begins to write.
     pub(super) fn begin(&mut self, blocks: Blocks) -> ApplyId {
-        self.begin_again(Applying {
-            blocks,
-            current: true,
-        })
-    }
-
-    fn begin_again(&mut self, apply: Applying) -> ApplyId {
         let id = ApplyId(self.next_apply);
         self.next_apply += 1;
-        self.applying.insert(id, apply);
+        self.applying.insert(id, blocks);
         id
     }
 
@@ -116,16 +112,14 @@ impl Arrivals {
 
     /// Written. Returns the blocks.
     pub(super) fn applied(&mut self, now: Time, id: ApplyId) -> Vec<BlockRange> {
-        let Some(apply) = self.applying.remove(&id) else {
+        let Some(blocks) = self.applying.remove(&id) else {
             return Vec::new();
         };
-        self.unsynced_bytes += apply.blocks.ranges().map(BlockRange::len).sum::<u64>() * 4096;
+        self.unsynced_bytes += blocks.ranges().map(BlockRange::len).sum::<u64>() * BLOCK_SIZE;
         self.unsynced_since.get_or_insert(now);
-        if apply.current {
-            self.to_ack.insert(apply.blocks.seq);
-            self.unsynced.insert(apply.blocks.seq);
-        }
-        apply.blocks.ranges().collect()
+        self.to_ack.insert(blocks.seq);
+        self.unsynced.insert(blocks.seq);
+        blocks.ranges().collect()
     }
 
     pub(super) fn forget(&mut self, id: ApplyId) {
@@ -136,16 +130,9 @@ impl Arrivals {
         self.retries.extend(self.applying.remove(&id));
     }
 
-    /// Begins to write again what could not be written.
-    pub(super) fn take_retries(&mut self) -> Vec<(ApplyId, Blocks)> {
-        let retries = std::mem::take(&mut self.retries);
-        retries
-            .into_iter()
-            .map(|apply| {
-                let blocks = apply.blocks.clone();
-                (self.begin_again(apply), blocks)
-            })
-            .collect()
+    /// What could not be written, for another try.
+    pub(super) fn take_retries(&mut self) -> Vec<Blocks> {
+        std::mem::take(&mut self.retries)
     }
 
     /// Numbers to acknowledge now.
@@ -184,10 +171,4 @@ impl Arrivals {
         self.unsynced_since.get_or_insert(now);
         None
     }
-}
-
-fn without(set: &SeqSet, seq: Seq) -> SeqSet {
-    set.runs()
-        .flat_map(|(start, end)| [(start, end.min(seq.0)), (start.max(seq.0 + 1), end)])
-        .collect()
 }

@@ -16,19 +16,23 @@
 //! Every message with content is acknowledged twice: when it is written, and when it is durable.
 
 mod arrivals;
+mod handover;
+mod types;
 
 use std::{collections::VecDeque, time::Duration};
 
-use flimcd_core::{
-    BlockRange, BlockSet, Epoch, MigrationId, Time, VolumeSize, limits,
-};
+use flimcd_core::{BlockRange, BlockSet, Epoch, Time, limits};
 use flimcd_wire::{
-    Accept, Blocks, Class, ErrorCode, Message, Open, Runs, SeqRuns, SetPart, SourceStage,
-    TargetReport, TargetStage, WireError,
+    Accept, Blocks, Class, ErrorCode, Message, Open, Runs, SeqRuns, SourceStage, TargetReport,
+    TargetStage, WireError,
 };
 
 use crate::DiskError;
 use arrivals::Arrivals;
+use handover::Offer;
+pub use types::{
+    ApplyId, SyncId, TargetAction, TargetConfig, TargetEvent, TargetPhase, TargetStart,
+};
 
 /// Content that is written is made durable at least this often.
 const SYNC_INTERVAL: Duration = Duration::from_millis(500);
@@ -40,133 +44,6 @@ const TICK: Duration = Duration::from_millis(250);
 const IDLE_BEFORE_ASKING: Duration = Duration::from_secs(2);
 /// How many blocks are asked for then.
 const IDLE_ASK_BLOCKS: u64 = 256;
-
-/// What a migration is about.
-#[derive(Clone, Copy, Debug)]
-pub struct TargetConfig {
-    /// Its number.
-    pub migration: MigrationId,
-    /// Size of the volume.
-    pub size: VolumeSize,
-    /// Random number of this run.
-    pub incarnation: u64,
-}
-
-/// Where the machine begins.
-#[derive(Clone, Copy, Debug)]
-pub enum TargetStart {
-    /// A new migration onto a volume of zeroes.
-    Fresh,
-    /// The agent was restarted.
-    Resume {
-        /// What the durable record says.
-        stage: TargetStage,
-        /// The epoch that was durably refused, if any.
-        refused: Option<Epoch>,
-        /// Blocks that the durable missing set still has.
-        missing_blocks: u64,
-    },
-}
-
-/// Number of a request to write content.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ApplyId(pub u64);
-
-/// Number of a request to make data durable.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct SyncId(pub u64);
-
-/// What the driver must do.
-#[derive(Clone, Debug, PartialEq)]
-pub enum TargetAction {
-    /// Write this content (`Volume::apply` for each entry) and answer with `handle_applied`.
-    Apply {
-        /// Number of the request.
-        id: ApplyId,
-        /// The content.
-        blocks: Blocks,
-    },
-    /// Make everything durable whose `Apply` was answered before this action (`Volume::sync`), and
-    /// answer with `handle_synced`.
-    Sync(SyncId),
-    /// Take the volume over. In this order: data durable, `missing` durable, the record durable, guest I/O
-    /// admitted. Answer with `handle_owner`; an error must mean that the record does not say owner.
-    BecomeOwner {
-        /// The epoch to own.
-        epoch: Epoch,
-        /// Blocks that are not here.
-        missing: BlockSet,
-    },
-    /// Record durably that `epoch` will never be owned here, and answer with `handle_refused`.
-    Refuse {
-        /// The epoch.
-        epoch: Epoch,
-    },
-    /// Report every block again that a guest waits for (`Rules::requeue_faults`). Done at once.
-    RequeueFaults,
-    /// Report up to so many missing blocks through `handle_fault`, whether a guest waits or not.
-    AskForMissing {
-        /// How many.
-        blocks: u64,
-    },
-    /// Every block is present: make all of it durable, then the record that says so, and answer with
-    /// `handle_completed`.
-    Complete {
-        /// The epoch owned.
-        epoch: Epoch,
-    },
-    /// The migration ended before the switch: remove what arrived.
-    Discard,
-}
-
-/// What the driver may want to tell somebody.
-#[derive(Clone, Debug, PartialEq)]
-pub enum TargetEvent {
-    /// A new phase.
-    Phase(TargetPhase),
-    /// The volume is owned here.
-    Arrived(Epoch),
-    /// Every block is here; the source is not needed any more.
-    Completed,
-    /// Ended before the switch by the source.
-    Cancelled,
-    /// Ended before the switch by an error here.
-    Failed(WireError),
-    /// Something a person should know; the migration goes on.
-    Note(String),
-}
-
-/// See the module's documentation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[expect(missing_docs, reason = "described in the module's documentation")]
-pub enum TargetPhase {
-    Incoming,
-    Switching,
-    Refusing,
-    PostCopy,
-    Completing,
-    Complete,
-    Cancelled,
-    Failed,
-}
-
-impl TargetPhase {
-    /// Whether the volume is owned here.
-    #[must_use]
-    pub const fn owns(self) -> bool {
-        matches!(self, Self::PostCopy | Self::Completing | Self::Complete)
-    }
-}
-
-/// An offer of ownership that is being received.
-#[derive(Debug)]
-struct Offer {
-    epoch: Epoch,
-    parts: u32,
-    missing: BlockSet,
-    /// `Switch` has come, all parts are there.
-    whole: bool,
-}
 
 /// The target machine. The contract of its driver stands in the crate's documentation.
 pub struct TargetMachine {
@@ -183,6 +60,8 @@ pub struct TargetMachine {
     /// Content that came while the volume was being taken over.
     held: Vec<Blocks>,
     offer: Option<Offer>,
+    /// The source was restarted; it is answered when nothing of its last run is being written.
+    waiting_open: Option<Open>,
     /// Faults that were sent to the source and whose blocks are not here.
     demanded: BlockSet,
     demands: VecDeque<BlockRange>,
@@ -210,6 +89,7 @@ impl TargetMachine {
             arrivals: Arrivals::default(),
             held: Vec::new(),
             offer: None,
+            waiting_open: None,
             demanded: BlockSet::new(config.size.blocks()),
             demands: VecDeque::new(),
             control: VecDeque::new(),
@@ -294,6 +174,7 @@ impl TargetMachine {
     pub fn handle_link_down(&mut self, _now: Time) {
         self.link_up = false;
         self.accepted = false;
+        self.waiting_open = None;
         self.control.clear();
         self.demands.clear();
         if self.phase == TargetPhase::Incoming {
@@ -304,7 +185,7 @@ impl TargetMachine {
     /// A message of the source.
     pub fn handle_message(&mut self, now: Time, message: Message) {
         match message {
-            Message::Open(open) => self.handle_open(&open),
+            Message::Open(open) => self.handle_open(open),
             Message::Cancel => self.handle_cancelled(),
             Message::Finished => self.handle_finished(),
             _ if !self.accepted => self.protocol_error("a message before Open"),
@@ -351,7 +232,7 @@ impl TargetMachine {
     /// Answer to [`TargetAction::Sync`].
     pub fn handle_synced(&mut self, now: Time, id: SyncId, result: Result<(), DiskError>) {
         match (self.arrivals.synced(now, id, result.is_ok()), result) {
-            (Some(seqs), Ok(())) => self.to_source(Message::Durable {
+            (Some(seqs), Ok(())) => self.tell_source(Message::Durable {
                 seqs: SeqRuns(seqs),
             }),
             (_, Err(error)) if self.phase.owns() => {
@@ -374,7 +255,7 @@ impl TargetMachine {
                 self.offer = None;
                 self.set_phase(TargetPhase::PostCopy);
                 self.events.push_back(TargetEvent::Arrived(epoch));
-                self.to_source(Message::SwitchDone { epoch });
+                self.tell_source(Message::SwitchDone { epoch });
                 for blocks in std::mem::take(&mut self.held) {
                     self.apply(blocks);
                 }
@@ -392,9 +273,11 @@ impl TargetMachine {
         match result {
             Ok(()) => {
                 self.refused = self.refused.max(Some(epoch));
-                self.set_phase(TargetPhase::Incoming);
-                self.held.clear();
-                self.to_source(Message::SwitchRefused { epoch });
+                if self.phase == TargetPhase::Refusing {
+                    self.set_phase(TargetPhase::Incoming);
+                    self.held.clear();
+                }
+                self.tell_source(Message::SwitchRefused { epoch });
             }
             // Without a durable refusal nothing may be said; the source waits and a person sees why.
             Err(error) => self.note(format!("cannot record the refusal: {error}")),
@@ -408,8 +291,8 @@ impl TargetMachine {
             Ok(()) => {
                 self.set_phase(TargetPhase::Complete);
                 self.events.push_back(TargetEvent::Completed);
-                self.to_source(Message::Report(self.report));
-                self.to_source(Message::Complete);
+                self.tell_source(Message::Report(self.report));
+                self.tell_source(Message::Complete);
             }
             Err(error) => {
                 self.note(format!("cannot record completion, trying again: {error}"));
@@ -448,7 +331,7 @@ impl TargetMachine {
         }
         let runs: Vec<_> = blocks.runs().collect();
         for part in runs.chunks(limits::MAX_RUNS_PER_MESSAGE / 4) {
-            self.to_source(Message::Unneeded {
+            self.tell_source(Message::Unneeded {
                 runs: Runs::new(part.iter().copied()),
             });
         }
@@ -549,6 +432,11 @@ impl TargetMachine {
     // ---- what follows from the inputs ---------------------------------------------------------
 
     fn advance(&mut self, now: Time) {
+        if self.arrivals.is_idle()
+            && let Some(open) = self.waiting_open.take()
+        {
+            self.handle_open(open);
+        }
         if self.phase == TargetPhase::Switching
             && self.arrivals.is_idle()
             && let Some(offer) = self.offer.take_if(|offer| offer.whole)
@@ -578,15 +466,15 @@ impl TargetMachine {
     }
 
     fn tick(&mut self, now: Time) {
-        for (id, blocks) in self.arrivals.take_retries() {
-            self.actions.push_back(TargetAction::Apply { id, blocks });
+        for blocks in self.arrivals.take_retries() {
+            self.apply(blocks);
         }
         if self.phase != TargetPhase::PostCopy || !self.accepted {
             return;
         }
         if self.report != self.reported {
             self.reported = self.report;
-            self.to_source(Message::Report(self.report));
+            self.tell_source(Message::Report(self.report));
         }
         if self.report.missing_blocks > 0 && now.since(self.last_arrival) >= IDLE_BEFORE_ASKING {
             self.last_arrival = now;
@@ -598,7 +486,7 @@ impl TargetMachine {
     }
 
     /// Queues a message; without a link it is made again from the phase once there is one.
-    fn to_source(&mut self, message: Message) {
+    fn tell_source(&mut self, message: Message) {
         if self.accepted {
             self.control.push_back(message);
         }
@@ -614,11 +502,23 @@ impl TargetMachine {
         }
     }
 
-    fn handle_open(&mut self, open: &Open) {
+    fn handle_open(&mut self, open: Open) {
+        if matches!(self.phase, TargetPhase::Cancelled | TargetPhase::Failed) {
+            let text = "this migration has ended at the target; start a new one";
+            let error = WireError::new(ErrorCode::CANCELLED, text);
+            return self.control.push_back(Message::Failed(error));
+        }
         if open.size != self.config.size {
             return self.protocol_error("the size of the volume has changed");
         }
+        if self.arrivals.must_wait_for(open.incarnation) {
+            self.waiting_open = Some(open);
+            return;
+        }
         self.arrivals.open(open.incarnation, open.oldest_unacked);
+        for blocks in &self.held {
+            self.arrivals.not_yet(blocks.seq);
+        }
         self.accepted = true;
         self.control.push_back(Message::Accept(Accept {
             incarnation: self.config.incarnation,
@@ -670,124 +570,9 @@ impl TargetMachine {
         self.actions.push_back(TargetAction::Apply { id, blocks });
     }
 
-    fn offer_of(&mut self, epoch: Epoch) -> &mut Offer {
-        let blocks = self.config.size.blocks();
-        let fresh = || Offer {
-            epoch,
-            parts: 0,
-            missing: BlockSet::new(blocks),
-            whole: false,
-        };
-        let offer = self.offer.get_or_insert_with(fresh);
-        if offer.epoch != epoch {
-            *offer = fresh();
-        }
-        offer
-    }
-
-    fn handle_part(&mut self, epoch: Epoch, part: u32, set: &SetPart) {
-        if self.phase != TargetPhase::Incoming {
-            return;
-        }
-        let offer = self.offer_of(epoch);
-        let fits = offer.parts == part && set.add_to(&mut offer.missing);
-        offer.parts += 1;
-        if !fits {
-            self.offer = None;
-            self.protocol_error("parts of the missing set out of order or beyond the volume");
-        }
-    }
-
-    fn handle_switch(&mut self, epoch: Epoch, parts: u32, missing_blocks: u64) {
-        if self.phase.owns() {
-            if self.epoch == Some(epoch) {
-                self.to_source(Message::SwitchDone { epoch });
-            }
-            return;
-        }
-        if self.refused >= Some(epoch) {
-            return self.to_source(Message::SwitchRefused { epoch });
-        }
-        if self.phase != TargetPhase::Incoming {
-            // Taking over already; the answer comes when it is done.
-            return;
-        }
-        let offer = self.offer_of(epoch);
-        if offer.parts != parts || offer.missing.count() != missing_blocks {
-            self.offer = None;
-            self.protocol_error("an incomplete set of missing blocks");
-            return;
-        }
-        offer.whole = true;
-        self.set_phase(TargetPhase::Switching);
-    }
-
-    fn handle_cancel_switch(&mut self, epoch: Epoch) {
-        match self.phase {
-            TargetPhase::PostCopy | TargetPhase::Completing | TargetPhase::Complete => {
-                self.to_source(Message::SwitchDone { epoch });
-            }
-            TargetPhase::Switching if self.offer.is_none() => {
-                // The driver is making it durable; whichever way that ends is the answer.
-            }
-            TargetPhase::Incoming | TargetPhase::Switching => self.refuse(epoch),
-            TargetPhase::Refusing | TargetPhase::Cancelled | TargetPhase::Failed => {}
-        }
-    }
-
-    fn refuse(&mut self, epoch: Epoch) {
-        self.offer = None;
-        self.set_phase(TargetPhase::Refusing);
-        self.actions.push_back(TargetAction::Refuse { epoch });
-    }
-
-    fn handle_cancelled(&mut self) {
-        match self.phase {
-            TargetPhase::Incoming => {
-                self.set_phase(TargetPhase::Cancelled);
-                self.events.push_back(TargetEvent::Cancelled);
-                self.actions.push_back(TargetAction::Discard);
-            }
-            TargetPhase::Cancelled | TargetPhase::Failed => {}
-            // A source that offered ownership has to ask with CancelSwitch first.
-            _ => self.protocol_error("a cancellation after the offer of ownership"),
-        }
-    }
-
     fn handle_finished(&mut self) {
         if self.phase == TargetPhase::Complete {
             self.finished = true;
-        }
-    }
-
-    fn fail_disk(&mut self, what: &str, error: &DiskError) {
-        let code = if error.no_space {
-            ErrorCode::NO_SPACE
-        } else {
-            ErrorCode::DISK
-        };
-        self.fail(WireError::new(
-            code,
-            format!("the target cannot {what} the image: {error}"),
-        ));
-    }
-
-    /// Ends the migration, which must not own the volume.
-    fn fail(&mut self, error: WireError) {
-        match self.phase {
-            TargetPhase::Incoming => {
-                self.to_source(Message::Failed(error.clone()));
-                self.set_phase(TargetPhase::Failed);
-                self.events.push_back(TargetEvent::Failed(error));
-                self.actions.push_back(TargetAction::Discard);
-            }
-            TargetPhase::Switching => {
-                self.note(format!("refusing to take the volume over: {error}"));
-                if let Some(offer) = self.offer.take() {
-                    self.refuse(offer.epoch);
-                }
-            }
-            _ => self.note(format!("{error}")),
         }
     }
 
