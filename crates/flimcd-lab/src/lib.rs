@@ -3,9 +3,15 @@
 //! - [`wan`]: a link model behind two front ends, a TCP relay and a TUN router.
 //! - [`image`]: disk images with realistic content from a seed.
 //! - [`load`]: a guest load that checks every byte it reads.
+//! - [`trace`]: recorded disk traces as loads.
+//! - [`bench`]: benchmarks that compare side by side.
+//! - [`report`]: figures for people and scripts.
 
+pub mod bench;
 mod content;
 pub mod image;
 pub mod load;
+pub mod report;
 mod rng;
+pub mod trace;
 pub mod wan;

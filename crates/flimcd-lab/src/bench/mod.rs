@@ -1,0 +1,3 @@
+//! Benchmarks that compare, side by side and in one run.
+
+pub mod harness;
