@@ -115,3 +115,67 @@ impl Policy for Flimcd {
         self.cursor.jump(BlockIndex(range.end));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use flimcd_core::{BlockSet, ChunkIndex, Heat, VolumeSize};
+
+    use super::*;
+    use crate::{HEAT_HALF_LIFE, LinkEstimate};
+
+    const CHUNKS: u64 = 8;
+
+    /// The chunks that go before the switch, in order, when `heat` events were counted on each and the link
+    /// carries `chunks_per_sec` whole chunks.
+    fn check(heat: [u64; 8], chunks_per_sec: u64, sent: &[u64]) {
+        let size = VolumeSize::new(CHUNKS * flimcd_core::CHUNK_SIZE).unwrap();
+        let mut write_heat = Heat::new(size, HEAT_HALF_LIFE, Time::ZERO);
+        let now = Time::ZERO + HEAT_HALF_LIFE / 2;
+        for (chunk, events) in (0..).map(ChunkIndex).zip(heat) {
+            write_heat.add(chunk, events, now);
+        }
+        let mut pending = BlockSet::full(size.blocks());
+        let mut policy = Flimcd::default();
+        let mut got = Vec::new();
+        loop {
+            let rate = chunks_per_sec * flimcd_core::CHUNK_SIZE;
+            let view = View {
+                now,
+                size,
+                pending: &pending,
+                in_flight_blocks: 0,
+                write_heat: &write_heat,
+                heat_since: Time::ZERO,
+                link: LinkEstimate {
+                    rate_bytes_per_sec: Some(rate),
+                    rtt: None,
+                },
+                bytes_per_block: 4096.0,
+            };
+            assert!(!policy.is_ready(&view));
+            let Some(run) = policy.next_precopy(&view) else {
+                assert!(policy.is_ready(&view));
+                break;
+            };
+            got.push(BlockIndex(run.start).chunk().0);
+            pending.remove_range(run);
+        }
+        assert_eq!(got, sent);
+    }
+
+    #[test]
+    fn never_written_chunks_go_first_and_hot_ones_wait_for_the_switch() {
+        let heat = [0, 1, 0, 4000, 0, 1, 0, 0];
+        check(heat, 1, &[0, 2, 4, 6, 7, 1, 5]);
+    }
+
+    #[test]
+    fn a_fast_link_outruns_the_writes() {
+        check(
+            [9, 9, 9, 9, 9, 9, 9, 9],
+            1_000_000,
+            &[0, 1, 2, 3, 4, 5, 6, 7],
+        );
+        check([90, 90, 90, 90, 90, 90, 90, 90], 1, &[]);
+    }
+}

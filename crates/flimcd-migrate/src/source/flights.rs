@@ -288,3 +288,6 @@ fn merge(mut runs: Vec<BlockRange>) -> Vec<BlockRange> {
     });
     runs
 }
+
+#[cfg(test)]
+mod tests;
