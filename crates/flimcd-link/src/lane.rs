@@ -1,0 +1,200 @@
+//! One connection of a bundle: a socket and its TLS session, read by one task and written by another.
+//!
+//! A frame is encrypted only when the socket can take more, and only one at a time: whatever waits,
+//! waits in the [`crate::outbox`], where something more urgent can still go first. Memory per lane:
+//! at most one frame encrypted, one record decrypted, and one frame in the decoder.
+
+use std::{
+    io::{self, BufRead as _, IoSlice, Read, Write},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use bytes::BytesMut;
+use flimcd_wire::{Class, Encoded};
+use rustls::Connection;
+use tokio::net::TcpStream;
+
+use crate::{LinkError, identity, socket};
+
+/// Lane 0: what moves migrations on, and the link's own messages.
+pub(crate) const CONTROL: u8 = 0;
+/// Lane 1: demands and their answers.
+pub(crate) const FAULTS: u8 = 1;
+/// Lanes from here on: the machine's state (first of them only) and everything else.
+pub(crate) const BULK: u8 = 2;
+
+/// Encrypted bytes that may wait for the socket: more than one usual frame, so that one write call
+/// hands all of it over.
+const TLS_BUFFER_BYTES: usize = 128 * 1024;
+/// Bytes read from the socket at once.
+pub(crate) const READ_BYTES: usize = 128 * 1024;
+
+/// The classes that lane `lane` carries, most urgent first.
+pub(crate) const fn classes(lane: u8) -> &'static [Class] {
+    match lane {
+        CONTROL => &[Class::Control],
+        FAULTS => &[Class::Fault],
+        BULK => &[Class::Ram, Class::Prefetch, Class::Bulk],
+        _ => &[Class::Prefetch, Class::Bulk],
+    }
+}
+
+/// Bytes on the sockets of a link, all its bundles together, including TLS and greetings.
+#[derive(Debug, Default)]
+pub(crate) struct Traffic {
+    pub(crate) sent: AtomicU64,
+    pub(crate) received: AtomicU64,
+}
+
+/// See the module.
+pub(crate) struct Lane {
+    pub(crate) index: u8,
+    pub(crate) tcp: TcpStream,
+    tls: Mutex<Connection>,
+}
+
+impl Lane {
+    /// A lane over a connection whose greeting is done.
+    pub(crate) fn new(index: u8, tcp: TcpStream, mut tls: Connection) -> Self {
+        tls.set_buffer_limit(Some(TLS_BUFFER_BYTES));
+        Self {
+            index,
+            tcp,
+            tls: Mutex::new(tls),
+        }
+    }
+
+    fn tls(&self) -> MutexGuard<'_, Connection> {
+        // Nothing panics while it holds the lock; if something did, the session's own checks find it.
+        self.tls.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until the kernel holds so little unsent data that it takes more.
+    pub(crate) async fn writable(&self) -> Result<(), LinkError> {
+        self.tcp.writable().await.map_err(LinkError::io)
+    }
+
+    /// Writes one frame; ends when the kernel has all of it.
+    pub(crate) async fn write(&self, frame: &Encoded, traffic: &Traffic) -> Result<(), LinkError> {
+        let mut done = 0;
+        loop {
+            let is_blocked = {
+                let mut tls = self.tls();
+                done += push_plaintext(&mut tls, frame, done).map_err(LinkError::io)?;
+                self.push_records(&mut tls, traffic)?
+            };
+            if done == frame.len() && !is_blocked {
+                return Ok(());
+            }
+            self.writable().await?;
+        }
+    }
+
+    /// Hands encrypted records to the kernel; true when it takes no more now.
+    fn push_records(&self, tls: &mut Connection, traffic: &Traffic) -> Result<bool, LinkError> {
+        while tls.wants_write() {
+            match tls.write_tls(&mut Socket(&self.tcp)) {
+                Ok(bytes) => {
+                    traffic.sent.fetch_add(bytes as u64, Ordering::Relaxed);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(true),
+                Err(error) => return Err(LinkError::io(error)),
+            }
+        }
+        Ok(false)
+    }
+
+    /// Waits for bytes, decrypts what arrived and appends it to `plain`.
+    pub(crate) async fn read(
+        &self,
+        scratch: &mut [u8],
+        plain: &mut BytesMut,
+        traffic: &Traffic,
+    ) -> Result<(), LinkError> {
+        loop {
+            self.tcp.readable().await.map_err(LinkError::io)?;
+            match self.tcp.try_read(scratch) {
+                Ok(0) => return Err(LinkError::Closed),
+                Ok(bytes) => {
+                    traffic.received.fetch_add(bytes as u64, Ordering::Relaxed);
+                    return self.decrypt(&scratch[..bytes], plain);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(LinkError::io(error)),
+            }
+        }
+    }
+
+    /// Appends to `plain` what came with the greeting already.
+    pub(crate) fn take_early(&self, plain: &mut BytesMut) -> Result<(), LinkError> {
+        drain(&mut self.tls(), plain)
+    }
+
+    fn decrypt(&self, mut received: &[u8], plain: &mut BytesMut) -> Result<(), LinkError> {
+        let mut tls = self.tls();
+        while !received.is_empty() {
+            tls.read_tls(&mut received).map_err(LinkError::io)?;
+            tls.process_new_packets().map_err(identity::explain)?;
+            drain(&mut tls, plain)?;
+        }
+        Ok(())
+    }
+
+    /// Forgets unsent data as soon as the lane is dropped.
+    pub(crate) fn discard_on_close(&self) {
+        socket::discard_on_close(&self.tcp);
+    }
+}
+
+/// Encrypts as much of `frame` from byte `done` on as the session takes.
+fn push_plaintext(tls: &mut Connection, frame: &Encoded, done: usize) -> io::Result<usize> {
+    let head = frame.head.get(done..).unwrap_or_default();
+    let payload = &frame.payload[done.saturating_sub(frame.head.len())..];
+    if head.is_empty() && payload.is_empty() {
+        return Ok(0);
+    }
+    let parts = [IoSlice::new(head), IoSlice::new(payload)];
+    tls.writer().write_vectored(&parts)
+}
+
+fn drain(tls: &mut Connection, plain: &mut BytesMut) -> Result<(), LinkError> {
+    let mut reader = tls.reader();
+    loop {
+        match reader.fill_buf() {
+            Ok([]) => return Err(LinkError::Closed),
+            Ok(chunk) => {
+                let len = chunk.len();
+                plain.extend_from_slice(chunk);
+                reader.consume(len);
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+            Err(error) => return Err(LinkError::io(error)),
+        }
+    }
+}
+
+/// A non-blocking socket as `std::io` sees it.
+struct Socket<'a>(&'a TcpStream);
+
+impl Read for Socket<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.0.try_read(buf)
+    }
+}
+
+impl Write for Socket<'_> {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.0.try_write(buf)
+    }
+
+    fn write_vectored(&mut self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.0.try_write_vectored(bufs)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

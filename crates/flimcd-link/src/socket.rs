@@ -1,0 +1,147 @@
+//! What is asked of the kernel for each socket. Everything here is a wish: an old kernel that lacks
+//! an option makes the link slower, not wrong, so failures are ignored.
+
+use std::{io, mem, os::fd::AsRawFd, time::Duration};
+
+use socket2::SockRef;
+use tokio::net::TcpStream;
+
+/// Unsent bytes in the kernel that stop further writes, until the rate is known.
+pub(crate) const NOTSENT_LOWAT: u32 = 128 * 1024;
+
+/// Longest pause between retransmissions: without it TCP doubles the pause during an outage and
+/// notices the link's return late by as much.
+const RTO_MAX: Duration = Duration::from_secs(1);
+/// Linux 6.15 and later; not in libc yet.
+const TCP_RTO_MAX_MS: libc::c_int = 44;
+
+/// Settings that every connection of a link gets, dialled or accepted.
+pub(crate) fn prepare(tcp: &TcpStream, user_timeout: Duration) {
+    let socket = SockRef::from(tcp);
+    let _ = tcp.set_nodelay(true);
+    let _ = socket.set_tcp_congestion(b"bbr");
+    let _ = socket.set_tcp_notsent_lowat(NOTSENT_LOWAT);
+    let _ = socket.set_tcp_user_timeout(Some(user_timeout));
+    let millis = libc::c_int::try_from(RTO_MAX.as_millis()).unwrap_or(libc::c_int::MAX);
+    let _ = set_option(tcp, libc::IPPROTO_TCP, TCP_RTO_MAX_MS, &millis);
+}
+
+/// Name of the congestion control in use, `unknown` if the kernel does not tell.
+pub(crate) fn congestion_control(tcp: &TcpStream) -> String {
+    SockRef::from(tcp)
+        .tcp_congestion()
+        .ok()
+        .and_then(|name| {
+            let name = name.split(|&byte| byte == 0).next()?;
+            String::from_utf8(name.to_vec()).ok()
+        })
+        .unwrap_or_else(|| "unknown".to_owned())
+}
+
+/// Whether a socket can have BBR here.
+pub(crate) fn has_bbr() -> bool {
+    socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)
+        .and_then(|socket| socket.set_tcp_congestion(b"bbr"))
+        .is_ok()
+}
+
+/// How many unsent bytes stop further writes.
+pub(crate) fn set_notsent_lowat(tcp: &TcpStream, bytes: u32) {
+    let _ = SockRef::from(tcp).set_tcp_notsent_lowat(bytes);
+}
+
+/// Upper bound of the sending rate, `None` for no bound.
+pub(crate) fn set_pacing_rate(tcp: &TcpStream, bytes_per_sec: Option<u64>) {
+    // Older kernels take 32 bits only and would refuse nothing but read half of a longer value;
+    // every kernel takes all ones as "no bound".
+    let rate: libc::c_ulong = match bytes_per_sec {
+        None => libc::c_ulong::MAX,
+        Some(rate) => libc::c_ulong::try_from(rate.max(1)).unwrap_or(libc::c_ulong::MAX),
+    };
+    let _ = set_option(tcp, libc::SOL_SOCKET, libc::SO_MAX_PACING_RATE, &rate);
+}
+
+/// Discards what is unsent when the socket is closed, so that a dead bundle does not compete with
+/// the next one.
+pub(crate) fn discard_on_close(tcp: &TcpStream) {
+    let _ = SockRef::from(tcp).set_linger(Some(Duration::ZERO));
+}
+
+/// What the kernel knows about a connection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct TcpInfo {
+    /// Bytes that reached the peer's kernel, whether or not in order.
+    pub(crate) delivered_bytes: u64,
+    /// The kernel's estimate of the delivery rate, bytes per second; 0 when unknown.
+    pub(crate) delivery_rate: u64,
+    /// Whether the last estimate was limited by a lack of data to send.
+    pub(crate) is_app_limited: bool,
+    /// Smoothed round trip.
+    pub(crate) rtt: Duration,
+    /// Least round trip seen lately; `None` before the first.
+    pub(crate) rtt_min: Option<Duration>,
+    /// Bytes that the kernel holds and has not sent yet.
+    pub(crate) unsent_bytes: u64,
+}
+
+/// Asks the kernel; `None` where it does not tell.
+pub(crate) fn tcp_info(tcp: &TcpStream) -> Option<TcpInfo> {
+    // SAFETY: `tcp_info` is a plain struct of integers, for which all zeros is a value.
+    let mut info: libc::tcp_info = unsafe { mem::zeroed() };
+    let mut len = libc::socklen_t::try_from(size_of_val(&info)).ok()?;
+    // SAFETY: the descriptor is open as long as `tcp` is borrowed; the pointers are to locals that
+    // outlive the call, and `len` is the size of `info`, which is as much as the kernel writes at
+    // most. A kernel that knows fewer fields writes less, and the rest stays zero.
+    let result = unsafe {
+        libc::getsockopt(
+            tcp.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            (&raw mut info).cast(),
+            &raw mut len,
+        )
+    };
+    if result != 0 {
+        return None;
+    }
+    let has_rtt = info.tcpi_min_rtt != 0 && info.tcpi_min_rtt != u32::MAX;
+    Some(TcpInfo {
+        delivered_bytes: u64::from(info.tcpi_delivered) * u64::from(info.tcpi_snd_mss),
+        delivery_rate: info.tcpi_delivery_rate,
+        // The lowest bit of the byte after the window scales, which libc gives no name of its own.
+        is_app_limited: delivery_rate_app_limited(&info),
+        rtt: Duration::from_micros(info.tcpi_rtt.into()),
+        rtt_min: has_rtt.then(|| Duration::from_micros(info.tcpi_min_rtt.into())),
+        unsent_bytes: info.tcpi_notsent_bytes.into(),
+    })
+}
+
+/// `tcpi_delivery_rate_app_limited`, a bit field that follows the window scales: byte 7.
+fn delivery_rate_app_limited(info: &libc::tcp_info) -> bool {
+    let byte = mem::offset_of!(libc::tcp_info, tcpi_snd_rcv_wscale) + 1;
+    debug_assert_eq!(byte, 7);
+    // SAFETY: byte 7 lies inside the struct, which was zeroed as a whole, so that padding is
+    // initialised too; a u8 has no alignment.
+    let bits = unsafe { (&raw const *info).cast::<u8>().add(byte).read() };
+    bits & 1 != 0
+}
+
+fn set_option<T>(tcp: &TcpStream, level: i32, name: i32, value: &T) -> io::Result<()> {
+    let len = libc::socklen_t::try_from(size_of::<T>()).map_err(io::Error::other)?;
+    // SAFETY: the descriptor is open as long as `tcp` is borrowed; `value` points to `len` bytes
+    // that live through the call, and the kernel copies them.
+    let result = unsafe {
+        libc::setsockopt(
+            tcp.as_raw_fd(),
+            level,
+            name,
+            std::ptr::from_ref(value).cast(),
+            len,
+        )
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
