@@ -34,12 +34,7 @@ impl Rng {
     /// A number below `bound`; 0 when `bound` is 0. The bias is below 2^-32 for bounds below 2^32.
     pub(crate) const fn below(&mut self, bound: u64) -> u64 {
         // The high half of a 128-bit product fits 64 bits.
-        #[expect(
-            clippy::cast_possible_truncation,
-            reason = "the product is shifted by 64"
-        )]
-        let high = ((self.next_u64() as u128 * bound as u128) >> 64) as u64;
-        high
+        ((self.next_u64() as u128 * bound as u128) >> 64) as u64
     }
 
     /// A number in `0.0..1.0`.

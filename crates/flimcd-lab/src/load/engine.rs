@@ -494,7 +494,7 @@ impl Engine {
 fn check(shared: &mut Shared, offset: u64, data: &[u8], now: Duration) {
     let mut wrong = Vec::new();
     shared.oracle.check(offset, data, |at, expected, found| {
-        wrong.push((at, expected, found))
+        wrong.push((at, expected, found));
     });
     if !wrong.is_empty() {
         shared.recorder.wrong_read(&wrong, now);

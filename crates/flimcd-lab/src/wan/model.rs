@@ -12,7 +12,7 @@ const QUEUE_BYTES_MIN: u64 = 64 * 1024;
 /// As text: `200mbit,40ms,loss=0.1%,jitter=1ms,reorder=0.01%,queue=1MB`. The plain time is the
 /// **round trip**; `delay=` names one way. The queue is a size (`queue=500KB`) or the time it
 /// takes to drain (`queue=20ms`).
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LinkModel {
     /// Bits per second that leave the queue. Never 0.
     pub rate_bits_per_sec: u64,

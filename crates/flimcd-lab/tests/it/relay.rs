@@ -23,7 +23,7 @@ fn relay_to(target: SocketAddr) -> Relay {
         target,
         from: Side::A,
     };
-    Relay::start(RelayOptions {
+    Relay::start(&RelayOptions {
         model: model(),
         routes: vec![route],
         seed: 1,
@@ -112,7 +112,7 @@ fn a_reader_that_does_not_read_holds_only_itself_back() {
         target: echo,
         from: Side::A,
     };
-    let second = Relay::start(RelayOptions {
+    let second = Relay::start(&RelayOptions {
         model: model(),
         routes: vec![other],
         seed: 1,
@@ -219,7 +219,7 @@ fn the_model_can_be_changed_and_wrong_addresses_are_refused() {
     };
     let start = |route| {
         let model = "1gbit,1ms,loss=1%".parse().unwrap();
-        Relay::start(RelayOptions {
+        Relay::start(&RelayOptions {
             model,
             routes: vec![route],
             seed: 1,

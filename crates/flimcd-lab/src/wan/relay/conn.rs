@@ -177,9 +177,7 @@ impl Conn {
             self.abort(side);
             return None;
         }
-        if end.socket.is_none() {
-            return None;
-        }
+        end.socket.as_ref()?;
         if let Segment::Data(bytes) = &segment {
             end.unwritten_bytes += bytes.len();
         }

@@ -82,9 +82,9 @@ impl Engine {
         wake: Arc<OwnedFd>,
         shared: Arc<Mutex<RelayCounters>>,
     ) -> Self {
-        let model = relayable(options.model.clone());
+        let model = relayable(options.model);
         let direction = |salt| Direction {
-            link: Link::new(model.clone(), options.seed ^ salt),
+            link: Link::new(model, options.seed ^ salt),
             on_the_way: VecDeque::new(),
             on_the_way_bytes: 0,
             last_served: 0,
@@ -230,7 +230,7 @@ impl Engine {
                 Command::Model(model, done) => {
                     let model = relayable(model);
                     for direction in &mut self.directions {
-                        direction.link.set_model(model.clone());
+                        direction.link.set_model(model);
                     }
                     let _ = done.send(());
                 }

@@ -127,7 +127,7 @@ impl Relay {
     ///
     /// # Errors
     /// [`RelayError`] when an address is not loopback or cannot be listened on.
-    pub fn start(options: RelayOptions) -> Result<Self, RelayError> {
+    pub fn start(options: &RelayOptions) -> Result<Self, RelayError> {
         let mut listeners = Vec::with_capacity(options.routes.len());
         for route in &options.routes {
             listeners.push(listen(route.listen, &options.model)?);
@@ -143,7 +143,7 @@ impl Relay {
         let (commands, inbox) = mpsc::channel();
         let cannot_model = what_is_missing(&options.model);
         let engine = Engine::new(
-            &options,
+            options,
             listeners,
             inbox,
             Arc::clone(&wake),
@@ -205,8 +205,8 @@ impl Relay {
     }
 
     fn wake(&self) {
-        // Full is fine: the thread is going to wake up then.
-        let _ = rustix::io::write(&*self.wake, &1u64.to_ne_bytes());
+        // Any number but 0 wakes it. Full is fine: the thread is going to wake up then.
+        let _ = rustix::io::write(&*self.wake, &[1; 8]);
     }
 }
 
