@@ -397,6 +397,19 @@ impl Rules {
         Some((ticket, admission))
     }
 
+    /// Whether one of the `poll_*` calls has something.
+    #[inline]
+    #[must_use]
+    pub fn has_output(&self) -> bool {
+        !self.woken.is_empty() || self.presence.has_output()
+    }
+
+    /// Whether [`poll_fault`](Self::poll_fault) may have something.
+    #[must_use]
+    pub fn has_faults(&self) -> bool {
+        self.presence.has_faults()
+    }
+
     /// Number of requests that are parked.
     #[must_use]
     pub fn parked_count(&self) -> usize {

@@ -339,6 +339,14 @@ impl Presence {
 
     // ---- the rest
 
+    pub(super) fn has_output(&self) -> bool {
+        !self.faults.is_empty() || !self.waiting.is_empty()
+    }
+
+    pub(super) fn has_faults(&self) -> bool {
+        !self.faults.is_empty()
+    }
+
     pub(super) fn missing(&self) -> &BlockSet {
         &self.missing
     }

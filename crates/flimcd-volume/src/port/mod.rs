@@ -1,0 +1,384 @@
+//! A guest's way into a volume: one [`GuestPort`] per connection, used by one thread.
+//!
+//! ```text
+//!   submit ──► submitted ──kick──► rules ──Go──► I/O queue ──► done ──► finish ──► reply
+//!                                    │                          │ FUA or flush
+//!                                    └─Parked─► inbox ──Go──►   └─► sync ─► presence ─► reply
+//! ```
+//! Requests are collected by [`submit`](GuestPort::submit), and [`kick`](GuestPort::kick) admits all of them under one short
+//! lock and hands them to the kernel. [`poll`](GuestPort::poll) never waits; a thread with nothing to do waits for the
+//! descriptors of [`wait_fds`](GuestPort::wait_fds) and polls again. Requests are independent of each other: they run in parallel and
+//! their replies come in any order, as NBD has it. A flush covers every request, of any connection, that was replied to before it was
+//! submitted.
+//!
+//! The port owns what it submitted: dropping it forgets requests that wait, and waits for I/O in flight. Such I/O counts as
+//! failed for the rules, because nobody hears of it: what it wrote may or may not be there.
+
+mod inbox;
+mod request;
+mod slots;
+#[cfg(test)]
+mod tests;
+
+use std::{io, os::fd::BorrowedFd, sync::Arc};
+
+pub(crate) use inbox::{Inbox, InboxItem};
+pub use request::{GuestError, GuestReply, GuestRequest, RequestKind};
+
+use crate::{
+    device::{IoBuf, IoDone, IoKind, IoOp, IoQueue},
+    rules::{Admission, FlushPlan, FlushStep, Outcome, Refusal},
+    volume::Volume,
+};
+use slots::{InFlight, Slots, Stage};
+
+/// Requests a queue keeps in flight; more wait in the queue.
+const QUEUE_DEPTH: u32 = 128;
+
+/// One guest connection's access to a volume. See the module.
+pub struct GuestPort {
+    volume: Arc<Volume>,
+    /// Gone only while the port is being dropped.
+    queue: Option<Box<dyn IoQueue>>,
+    inbox: Arc<Inbox>,
+    submitted: Vec<GuestRequest>,
+    slots: Slots,
+    replies: Vec<GuestReply>,
+    // Scratch, kept for its memory.
+    done: Vec<IoDone>,
+    messages: Vec<InboxItem>,
+    admitted: Vec<Admitted>,
+    /// Whether something was pushed to the queue since it was last submitted.
+    pushed: bool,
+}
+
+/// A request on its way from the rules to the queue.
+struct Admitted {
+    slot: usize,
+    newly_dirty: bool,
+}
+
+impl GuestPort {
+    pub(crate) fn new(volume: Arc<Volume>) -> io::Result<Self> {
+        let queue = volume.device().open_queue(QUEUE_DEPTH)?;
+        let inbox = Arc::new(Inbox::new()?);
+        volume.port_opened();
+        Ok(Self {
+            volume,
+            queue: Some(queue),
+            inbox,
+            submitted: Vec::new(),
+            slots: Slots::default(),
+            replies: Vec::new(),
+            done: Vec::new(),
+            messages: Vec::new(),
+            admitted: Vec::new(),
+            pushed: false,
+        })
+    }
+
+    /// The volume.
+    #[must_use]
+    pub fn volume(&self) -> &Arc<Volume> {
+        &self.volume
+    }
+
+    /// Takes a request. Nothing happens to it before [`kick`](Self::kick).
+    pub fn submit(&mut self, request: GuestRequest) {
+        self.submitted.push(request);
+    }
+
+    /// Number of requests that were submitted and not replied to.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.submitted.len() + self.slots.len() + self.replies.len()
+    }
+
+    /// Starts everything submitted so far.
+    ///
+    /// # Errors
+    /// When the queue itself is broken: the port is of no more use then.
+    pub fn kick(&mut self) -> io::Result<()> {
+        self.admit();
+        self.submit_queue(false)
+    }
+
+    /// As [`kick`](Self::kick), for a caller that has nothing else to do: may do the I/O right here and wait for it, which is
+    /// faster when a single request is outstanding.
+    ///
+    /// # Errors
+    /// As [`kick`](Self::kick).
+    pub fn kick_inline(&mut self) -> io::Result<()> {
+        self.admit();
+        self.submit_queue(true)
+    }
+
+    /// Appends the replies that are there to `out`. Never waits.
+    ///
+    /// # Errors
+    /// As [`kick`](Self::kick).
+    pub fn poll(&mut self, out: &mut Vec<GuestReply>) -> io::Result<()> {
+        self.take_messages();
+        loop {
+            let mut done = std::mem::take(&mut self.done);
+            self.queue_mut().completions(&mut done);
+            let any = !done.is_empty();
+            self.complete(&mut done);
+            self.done = done;
+            if !any && !self.pushed {
+                break;
+            }
+            self.submit_queue(false)?;
+        }
+        out.append(&mut self.replies);
+        Ok(())
+    }
+
+    /// What to wait for when [`poll`](Self::poll) has nothing: the I/O queue, when it has a descriptor, and requests that waited
+    /// and go on.
+    #[must_use]
+    pub fn wait_fds(&self) -> (Option<BorrowedFd<'_>>, BorrowedFd<'_>) {
+        let queue = self.queue.as_ref().and_then(|queue| queue.poll_fd());
+        (queue, self.inbox.fd())
+    }
+
+    #[expect(clippy::expect_used, reason = "only drop takes the queue away")]
+    fn queue_mut(&mut self) -> &mut dyn IoQueue {
+        &mut **self.queue.as_mut().expect("a queue until the drop")
+    }
+
+    fn submit_queue(&mut self, inline: bool) -> io::Result<()> {
+        self.pushed = false;
+        if inline {
+            self.queue_mut().submit_inline()
+        } else {
+            self.queue_mut().submit()
+        }
+    }
+
+    // ---- from the guest to the rules
+
+    fn admit(&mut self) {
+        if self.submitted.is_empty() {
+            return;
+        }
+        let size = self.volume.size();
+        let (submitted, slots, inbox) = (&mut self.submitted, &mut self.slots, &self.inbox);
+        let (replies, admitted) = (&mut self.replies, &mut self.admitted);
+        self.volume.core().change(|core| {
+            for request in submitted.drain(..) {
+                if let Err(error) = request.check(size) {
+                    replies.push(request.reply(Err(error)));
+                    continue;
+                }
+                if request.kind == RequestKind::Flush {
+                    let plan = core.rules.begin_flush();
+                    let slot = slots.insert(InFlight::flush(request, plan));
+                    admitted.push(Admitted {
+                        slot,
+                        newly_dirty: false,
+                    });
+                    continue;
+                }
+                let Some((op, range)) = request.guest_op(size) else {
+                    replies.push(request.reply(Ok(())));
+                    continue;
+                };
+                match core.begin(op, range, inbox) {
+                    Admission::Go {
+                        ticket,
+                        newly_dirty,
+                    } => {
+                        let zero = core.trims_zero();
+                        let slot =
+                            slots.insert(InFlight::data(request, range, Stage::Io(ticket), zero));
+                        admitted.push(Admitted { slot, newly_dirty });
+                    }
+                    Admission::Parked { ticket } => {
+                        slots.park(InFlight::data(request, range, Stage::Parked(ticket), false));
+                    }
+                    Admission::Refused(Refusal::Moved) => {
+                        replies.push(request.reply(Err(GuestError::Moved)));
+                    }
+                }
+            }
+        });
+        self.push_admitted();
+    }
+
+    /// Parked requests that were decided.
+    fn take_messages(&mut self) {
+        let mut messages = std::mem::take(&mut self.messages);
+        self.inbox.take(&mut messages);
+        for message in messages.drain(..) {
+            let InboxItem::Decided {
+                ticket,
+                admission,
+                trims_zero,
+            } = message;
+            let slot = self.slots.unpark(ticket);
+            match admission {
+                Admission::Go { newly_dirty, .. } => {
+                    let request = self.slots.get_mut(slot);
+                    request.stage = Stage::Io(ticket);
+                    request.trim_zeroes = trims_zero;
+                    self.admitted.push(Admitted { slot, newly_dirty });
+                }
+                Admission::Parked { .. } => unreachable!("a decision is not to park again"),
+                Admission::Refused(Refusal::Moved) => {
+                    let request = self.slots.remove(slot);
+                    self.replies.push(request.reply(Err(GuestError::Moved)));
+                }
+            }
+        }
+        self.messages = messages;
+        self.push_admitted();
+    }
+
+    /// Hands admitted requests to the queue. Blocks that became dirty are recorded durably before.
+    fn push_admitted(&mut self) {
+        let mut admitted = std::mem::take(&mut self.admitted);
+        for Admitted { slot, newly_dirty } in admitted.drain(..) {
+            let range = self.slots.get_mut(slot).range;
+            if newly_dirty && let Err(error) = self.volume.note_dirty(range) {
+                self.end_io(slot, Err(error));
+                continue;
+            }
+            let op = self.slots.get_mut(slot).io_op(slot);
+            match op {
+                Some(op) => {
+                    self.queue_mut().push(op);
+                    self.pushed = true;
+                }
+                // NBD's CACHE: once the blocks are here there is nothing to do.
+                None => self.end_io(slot, Ok(())),
+            }
+        }
+        self.admitted = admitted;
+    }
+
+    // ---- from the device to the guest
+
+    /// The data I/O of one request ended outside of the queue.
+    fn end_io(&mut self, slot: usize, result: io::Result<()>) {
+        let buf = std::mem::take(&mut self.slots.get_mut(slot).buf);
+        self.complete(&mut vec![IoDone {
+            id: slot as u64,
+            result,
+            buf,
+        }]);
+    }
+
+    fn complete(&mut self, done: &mut Vec<IoDone>) {
+        if done.is_empty() {
+            return;
+        }
+        let (slots, replies) = (&mut self.slots, &mut self.replies);
+        let mut synced = Vec::new();
+        let mut syncs = Vec::new();
+        self.volume.core().change(|core| {
+            for IoDone { id, result, buf } in done.drain(..) {
+                #[expect(clippy::cast_possible_truncation, reason = "ids are slot numbers")]
+                let slot = id as usize;
+                let request = slots.get_mut(slot);
+                if buf.capacity() > 0 {
+                    request.buf = buf;
+                }
+                match std::mem::replace(&mut request.stage, Stage::Ended) {
+                    Stage::Io(ticket) => {
+                        let outcome = if result.is_ok() {
+                            Outcome::Done
+                        } else {
+                            Outcome::Failed
+                        };
+                        core.rules.finish(ticket, outcome);
+                        if request.fua && result.is_ok() {
+                            let mut plan = core.rules.begin_flush();
+                            start(&mut plan);
+                            request.stage = Stage::Sync(plan);
+                            syncs.push(slot);
+                        } else {
+                            let request = slots.remove(slot);
+                            replies.push(request.reply(result.map_err(GuestError::Io)));
+                        }
+                    }
+                    Stage::Sync(plan) => synced.push((slot, plan, result)),
+                    Stage::Parked(_) | Stage::Ended => unreachable!("no I/O in this stage"),
+                }
+            }
+        });
+        for slot in syncs {
+            self.push_sync(slot);
+        }
+        for (slot, plan, result) in synced {
+            self.end_sync(slot, plan, result);
+        }
+    }
+
+    fn push_sync(&mut self, slot: usize) {
+        self.queue_mut().push(IoOp {
+            id: slot as u64,
+            kind: IoKind::Sync,
+            offset: 0,
+            length: 0,
+            buf: IoBuf::empty(),
+        });
+        self.pushed = true;
+    }
+
+    /// The data is durable, or is not; the rest of the flush follows here.
+    fn end_sync(&mut self, slot: usize, mut plan: FlushPlan, result: io::Result<()>) {
+        let result = self
+            .volume
+            .check_sync(result)
+            .and_then(|()| self.volume.run_flush(&mut plan));
+        self.volume
+            .core()
+            .change(|core| core.rules.end_flush(plan, result.is_ok()));
+        let request = self.slots.remove(slot);
+        self.replies
+            .push(request.reply(result.map_err(GuestError::Io)));
+    }
+}
+
+impl Drop for GuestPort {
+    fn drop(&mut self) {
+        // Waits for the I/O in flight, whose requests are then ended below.
+        drop(self.queue.take());
+        let slots = std::mem::take(&mut self.slots);
+        self.volume.core().change(|core| {
+            // Decided requests that this port never heard of are admitted: end them as failed. New ones cannot come, since
+            // what is still parked is cancelled under the same lock.
+            let mut messages = Vec::new();
+            self.inbox.take_last(&mut messages);
+            for InboxItem::Decided {
+                ticket, admission, ..
+            } in &messages
+            {
+                if matches!(admission, Admission::Go { .. }) {
+                    core.rules.finish(*ticket, Outcome::Failed);
+                }
+            }
+            let decided = |ticket| {
+                messages
+                    .iter()
+                    .any(|InboxItem::Decided { ticket: t, .. }| *t == ticket)
+            };
+            for request in slots.into_all() {
+                match request.stage {
+                    Stage::Io(ticket) => core.rules.finish(ticket, Outcome::Failed),
+                    Stage::Parked(ticket) if !decided(ticket) => core.cancel_parked(ticket),
+                    Stage::Sync(plan) => core.rules.end_flush(plan, false),
+                    Stage::Parked(_) | Stage::Ended => {}
+                }
+            }
+        });
+        self.volume.port_closed();
+    }
+}
+
+/// Takes the first step off a plan: the data sync, which the port gives to its queue.
+fn start(plan: &mut FlushPlan) {
+    let step = plan.next();
+    assert_eq!(step, FlushStep::SyncData, "a flush begins with the data");
+}

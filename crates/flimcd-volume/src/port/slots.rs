@@ -1,0 +1,156 @@
+//! The requests that a port has in flight, numbered so that the I/O queue can name them.
+
+use std::collections::HashMap;
+
+use flimcd_core::ByteRange;
+
+use super::{GuestError, GuestReply, GuestRequest, RequestKind, start};
+use crate::{
+    device::{IoBuf, IoKind, IoOp},
+    rules::{FlushPlan, Ticket},
+};
+
+/// What a request waits for.
+#[derive(Debug)]
+pub(super) enum Stage {
+    /// The rules.
+    Parked(Ticket),
+    /// Its I/O.
+    Io(Ticket),
+    /// The data sync of its flush, which is the plan's first step and was taken from it.
+    Sync(FlushPlan),
+    /// Nothing: it is being replied to.
+    Ended,
+}
+
+/// A request between submit and reply.
+#[derive(Debug)]
+pub(super) struct InFlight {
+    id: u64,
+    kind: RequestKind,
+    pub(super) range: ByteRange,
+    pub(super) fua: bool,
+    /// Whether a trim is run as zeroing.
+    pub(super) trim_zeroes: bool,
+    pub(super) stage: Stage,
+    pub(super) buf: IoBuf,
+}
+
+impl InFlight {
+    pub(super) fn data(
+        request: GuestRequest,
+        range: ByteRange,
+        stage: Stage,
+        trim_zeroes: bool,
+    ) -> Self {
+        let writes = !matches!(request.kind, RequestKind::Read | RequestKind::Cache);
+        Self {
+            id: request.id,
+            kind: request.kind,
+            range,
+            fua: request.fua && writes,
+            trim_zeroes,
+            stage,
+            buf: request.buf,
+        }
+    }
+
+    pub(super) fn flush(request: GuestRequest, mut plan: FlushPlan) -> Self {
+        start(&mut plan);
+        Self {
+            id: request.id,
+            kind: request.kind,
+            range: ByteRange::new(0, 0),
+            fua: false,
+            trim_zeroes: false,
+            stage: Stage::Sync(plan),
+            buf: request.buf,
+        }
+    }
+
+    /// The I/O to do; `None` when there is none.
+    pub(super) fn io_op(&mut self, slot: usize) -> Option<IoOp> {
+        let kind = match self.kind {
+            RequestKind::Read => IoKind::Read,
+            RequestKind::Write => IoKind::Write,
+            RequestKind::WriteZeroes { punch } => IoKind::WriteZeroes { punch },
+            RequestKind::Trim if self.trim_zeroes => IoKind::WriteZeroes { punch: true },
+            RequestKind::Trim => IoKind::Discard,
+            RequestKind::Flush => IoKind::Sync,
+            RequestKind::Cache => return None,
+        };
+        let buf = match kind {
+            IoKind::Read | IoKind::Write => std::mem::take(&mut self.buf),
+            _ => IoBuf::empty(),
+        };
+        Some(IoOp {
+            id: slot as u64,
+            kind,
+            offset: self.range.start,
+            length: self.range.len(),
+            buf,
+        })
+    }
+
+    pub(super) fn reply(self, result: Result<(), GuestError>) -> GuestReply {
+        GuestReply {
+            id: self.id,
+            result,
+            buf: self.buf,
+        }
+    }
+}
+
+/// The requests in flight.
+#[derive(Debug, Default)]
+pub(super) struct Slots {
+    slots: Vec<Option<InFlight>>,
+    free: Vec<usize>,
+    parked: HashMap<Ticket, usize>,
+}
+
+impl Slots {
+    pub(super) fn insert(&mut self, request: InFlight) -> usize {
+        if let Some(slot) = self.free.pop() {
+            self.slots[slot] = Some(request);
+            return slot;
+        }
+        self.slots.push(Some(request));
+        self.slots.len() - 1
+    }
+
+    /// Inserts a request in stage [`Stage::Parked`].
+    pub(super) fn park(&mut self, request: InFlight) {
+        let Stage::Parked(ticket) = request.stage else {
+            unreachable!("only parked requests are parked")
+        };
+        let slot = self.insert(request);
+        self.parked.insert(ticket, slot);
+    }
+
+    #[expect(clippy::expect_used, reason = "the core names tickets once")]
+    pub(super) fn unpark(&mut self, ticket: Ticket) -> usize {
+        self.parked
+            .remove(&ticket)
+            .expect("a decided request was parked here")
+    }
+
+    #[expect(clippy::expect_used, reason = "queues complete a request once")]
+    pub(super) fn get_mut(&mut self, slot: usize) -> &mut InFlight {
+        self.slots[slot].as_mut().expect("a request in flight")
+    }
+
+    #[expect(clippy::expect_used, reason = "queues complete a request once")]
+    pub(super) fn remove(&mut self, slot: usize) -> InFlight {
+        self.free.push(slot);
+        self.slots[slot].take().expect("a request in flight")
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
+    pub(super) fn into_all(self) -> impl Iterator<Item = InFlight> {
+        self.slots.into_iter().flatten()
+    }
+}

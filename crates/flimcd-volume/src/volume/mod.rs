@@ -1,0 +1,148 @@
+//! A volume: one disk image under an agent's care, and the only way to it.
+//!
+//! [`Volume`] puts the [`Rules`] over a real [`BlockDevice`]. Guests come in through [`GuestPort`]s, transfers through the calls
+//! below, which block and may be made from any thread. Nothing here knows of links or machines: whoever drives a
+//! migration tells the volume what to do, and hears through a [`VolumeObserver`] when to look.
+
+mod core;
+mod source;
+mod target;
+
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use flimcd_core::{ByteRange, VolumeName, VolumeSize};
+
+pub(crate) use self::core::SharedCore;
+pub use self::{
+    core::VolumeObserver,
+    target::{Applied, ApplyData},
+};
+use crate::{
+    device::{BlockDevice, DataExtent},
+    port::GuestPort,
+    rules::{GuestStats, Mode, Rules},
+};
+
+/// A disk image under an agent's care. See the module.
+pub struct Volume {
+    name: VolumeName,
+    device: Arc<dyn BlockDevice>,
+    core: SharedCore,
+    ports: AtomicUsize,
+    syncs: target::SyncHealth,
+}
+
+impl Volume {
+    /// A volume without durable state on `device`, owned here: for benchmarks and tests. It cannot take part in a
+    /// migration that survives a restart.
+    #[must_use]
+    pub fn ephemeral(name: VolumeName, device: Arc<dyn BlockDevice>, mode: Mode) -> Arc<Self> {
+        let rules = Rules::new(device.size(), mode);
+        Arc::new(Self {
+            name,
+            device,
+            core: SharedCore::new(rules),
+            ports: AtomicUsize::new(0),
+            syncs: target::SyncHealth::default(),
+        })
+    }
+
+    /// The volume's name.
+    #[must_use]
+    pub fn name(&self) -> &VolumeName {
+        &self.name
+    }
+
+    /// Size in bytes. Never changes.
+    #[must_use]
+    pub fn size(&self) -> VolumeSize {
+        self.device.size()
+    }
+
+    /// What happens with guest requests at the moment.
+    #[must_use]
+    pub fn mode(&self) -> Mode {
+        self.core.lock().rules.mode()
+    }
+
+    /// Counts since the volume was opened.
+    #[must_use]
+    pub fn stats(&self) -> GuestStats {
+        self.core.lock().rules.stats()
+    }
+
+    /// Bytes of memory that the volume's sets and tables hold.
+    #[must_use]
+    pub fn memory_bytes(&self) -> usize {
+        self.core.lock().rules.memory_bytes()
+    }
+
+    /// A guest connection's access.
+    ///
+    /// # Errors
+    /// When a queue or a descriptor cannot be had from the system.
+    pub fn guest_port(self: &Arc<Self>) -> io::Result<GuestPort> {
+        GuestPort::new(self.clone())
+    }
+
+    /// Number of guest ports that are open.
+    #[must_use]
+    pub fn connections(&self) -> usize {
+        self.ports.load(Ordering::Acquire)
+    }
+
+    /// Who is told what happens here from now on.
+    pub fn set_observer(&self, observer: Arc<dyn VolumeObserver>) {
+        self.core.set_observer(observer);
+    }
+
+    /// Whether zeroing a range is much faster than writing zero bytes.
+    #[must_use]
+    pub fn zeroes_fast(&self) -> bool {
+        self.device.zeroes_fast()
+    }
+
+    /// Where data and holes lie, as [`BlockDevice::data_extents`] has it. Blocks whose content is not here count as data.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn data_extents(&self, range: ByteRange, max: usize) -> io::Result<Vec<DataExtent>> {
+        let is_here = {
+            let core = self.core.lock();
+            let missing = core.rules.missing();
+            core.rules.mode() != Mode::Incoming && !missing.intersects(range.blocks_touched())
+        };
+        if is_here {
+            return self.device.data_extents(range, max);
+        }
+        let data = DataExtent {
+            range,
+            is_hole: false,
+        };
+        Ok(vec![data])
+    }
+
+    pub(crate) fn device(&self) -> &Arc<dyn BlockDevice> {
+        &self.device
+    }
+
+    pub(crate) fn core(&self) -> &SharedCore {
+        &self.core
+    }
+
+    pub(crate) fn port_opened(&self) {
+        self.ports.fetch_add(1, Ordering::AcqRel);
+    }
+
+    pub(crate) fn port_closed(&self) {
+        if self.ports.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.core.observe(|observer| observer.on_guests_gone());
+        }
+    }
+}
