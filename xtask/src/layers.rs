@@ -7,14 +7,20 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("flimcd-core", &[]),
     ("flimcd-wire", &["flimcd-core"]),
     ("flimcd-content", &["flimcd-core", "flimcd-wire"]),
-    ("flimcd-migrate", &["flimcd-core", "flimcd-wire", "flimcd-content"]),
+    ("flimcd-migrate", &["flimcd-core", "flimcd-wire"]),
     ("flimcd-volume", &["flimcd-core", "flimcd-content"]),
     ("flimcd-nbd", &["flimcd-core", "flimcd-volume"]),
     ("flimcd-link", &["flimcd-core", "flimcd-wire"]),
-    ("flimcd-lab", &["flimcd-core", "flimcd-content", "flimcd-nbd", "flimcd-wire"]),
+    ("flimcd-lab", &["flimcd-core", "flimcd-nbd", "flimcd-link"]),
     (
         "flimcd-sim",
-        &["flimcd-core", "flimcd-wire", "flimcd-content", "flimcd-migrate", "flimcd-volume"],
+        &[
+            "flimcd-core",
+            "flimcd-wire",
+            "flimcd-content",
+            "flimcd-migrate",
+            "flimcd-volume",
+        ],
     ),
     (
         "flimcd-agent",
@@ -32,14 +38,31 @@ const ARROWS: &[(&str, &[&str])] = &[
 
 /// Crates that are arithmetic on their arguments: no socket, file, clock, task or randomness, not even
 /// at second hand.
-const PURE: &[&str] = &["flimcd-core", "flimcd-wire", "flimcd-content", "flimcd-migrate"];
+const PURE: &[&str] = &[
+    "flimcd-core",
+    "flimcd-wire",
+    "flimcd-content",
+    "flimcd-migrate",
+];
 const NEVER_IN_PURE: &[&str] = &[
-    "tokio", "mio", "async-std", "smol", "socket2", "rustix", "nix", "io-uring", "rand", "getrandom",
-    "fastrand", "chrono", "time", "rustls",
+    "tokio",
+    "mio",
+    "async-std",
+    "smol",
+    "socket2",
+    "rustix",
+    "nix",
+    "io-uring",
+    "rand",
+    "getrandom",
+    "fastrand",
+    "chrono",
+    "time",
+    "rustls",
 ];
 
 /// Crates with threads of their own and no executor: a guest's I/O never waits for a task.
-const WITHOUT_EXECUTOR: &[&str] = &["flimcd-volume", "flimcd-nbd", "flimcd-sim", "flimcd-lab"];
+const WITHOUT_EXECUTOR: &[&str] = &["flimcd-volume", "flimcd-nbd", "flimcd-sim"];
 const EXECUTORS: &[&str] = &["tokio", "async-std", "smol"];
 
 /// Every dependency that should not be there, as sentences.
@@ -76,7 +99,15 @@ fn forbid(crates: &[&str], forbidden: &[&str], faults: &mut Vec<String>) -> Resu
 fn tree(name: &str, more: &[&str]) -> Result<Vec<String>, String> {
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
     let output = Command::new(cargo)
-        .args(["tree", "--locked", "-e", "normal", "--prefix", "none", "--no-dedupe"])
+        .args([
+            "tree",
+            "--locked",
+            "-e",
+            "normal",
+            "--prefix",
+            "none",
+            "--no-dedupe",
+        ])
         .args(["-p", name])
         .args(more)
         .output()
@@ -89,8 +120,11 @@ fn tree(name: &str, more: &[&str]) -> Result<Vec<String>, String> {
 }
 
 fn names(tree: &str) -> Vec<String> {
-    let mut names: Vec<String> =
-        tree.lines().filter_map(|line| line.split_whitespace().next()).map(str::to_owned).collect();
+    let mut names: Vec<String> = tree
+        .lines()
+        .filter_map(|line| line.split_whitespace().next())
+        .map(str::to_owned)
+        .collect();
     names.sort();
     names.dedup();
     names
