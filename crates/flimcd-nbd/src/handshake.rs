@@ -354,7 +354,7 @@ impl Negotiation {
             return;
         }
         let matches = |query: &&str| *query == BASE_ALLOCATION || (!is_set && *query == "base:");
-        if queries.iter().any(|query| matches(query)) || (!is_set && queries.is_empty()) {
+        if queries.iter().any(matches) || (!is_set && queries.is_empty()) {
             let mut body = Vec::with_capacity(32);
             body.extend(if is_set { BASE_ALLOCATION_ID } else { 0 }.to_be_bytes());
             body.extend(BASE_ALLOCATION.as_bytes());

@@ -18,17 +18,17 @@ use std::{
 };
 
 use flimcd_core::{ByteRange, limits::MAX_NBD_REQUEST_BYTES};
-use flimcd_volume::device::{BufPool, IoBuf};
+use flimcd_volume::{
+    GuestError, GuestPort, GuestReply, GuestRequest, RequestKind, Volume,
+    device::{BufPool, IoBuf},
+};
 use rustix::{
     event::{PollFd, PollFlags},
     io::Errno as OsError,
     net::{RecvFlags, SendAncillaryBuffer, SendFlags},
 };
 
-use super::{
-    Exports, Shared,
-    port::{GuestError, GuestPort, GuestReply, GuestRequest, RequestKind, Volume},
-};
+use super::{Exports, Shared};
 use crate::{
     handshake::{Agreed, HandshakeError, Negotiation},
     proto::{Errno, command},
@@ -477,6 +477,7 @@ fn is_structured_only(number: u16) -> bool {
 fn guest_errno(error: &GuestError) -> Errno {
     match error {
         GuestError::Moved => Errno::Shutdown,
+        GuestError::OutOfRange => Errno::Inval,
         GuestError::Io(error) => io_errno(error),
     }
 }

@@ -1,12 +1,11 @@
 //! The NBD server: a unix socket, a thread that accepts, and a thread per client.
 
 mod connection;
-mod port;
 mod socket;
 
 use std::{
     collections::BTreeMap,
-    fs, io,
+    fmt, fs, io,
     net::Shutdown,
     os::{
         fd::{AsFd, OwnedFd},
@@ -18,17 +17,16 @@ use std::{
 };
 
 use flimcd_core::limits::MAX_NBD_REQUEST_BYTES;
+use flimcd_volume::Volume;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd};
 
 use crate::handshake::{Catalogue, ExportInfo};
-pub use port::Volume;
 pub use socket::BindError;
 
 /// Most clients at a time; more are turned away.
 const CLIENTS_MAX: usize = 256;
 
 /// A server on one unix socket. Dropping it does what [`shutdown`](Self::shutdown) does.
-#[derive(Debug)]
 pub struct Server {
     shared: Arc<Shared>,
     path: PathBuf,
@@ -38,12 +36,12 @@ pub struct Server {
 }
 
 /// The volumes that a server exports, by name.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct Exports {
     volumes: Mutex<BTreeMap<String, Arc<Volume>>>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Shared {
     exports: Exports,
     clients: Mutex<Clients>,
@@ -151,6 +149,12 @@ impl Server {
         let _ = acceptor.join();
         lock(&self.shared.clients).stopping = true;
         self.shared.disconnect(|_| true);
+    }
+}
+
+impl fmt::Debug for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Server({})", self.path.display())
     }
 }
 

@@ -8,7 +8,11 @@ use std::{
 };
 
 use flimcd_nbd::{Client, Server};
-use flimcd_volume::device::{BlockDevice, FileDevice, OpenOptions};
+use flimcd_volume::{
+    Volume,
+    device::{BlockDevice, FileDevice, OpenOptions},
+    rules::Mode,
+};
 use tempfile::TempDir;
 
 pub(crate) struct Fixture {
@@ -16,6 +20,7 @@ pub(crate) struct Fixture {
     pub(crate) image: PathBuf,
     pub(crate) socket: PathBuf,
     pub(crate) server: Server,
+    pub(crate) volume: Arc<Volume>,
 }
 
 impl Fixture {
@@ -35,15 +40,15 @@ impl Fixture {
         let device = FileDevice::open(&image, &OpenOptions::default()).unwrap();
         let socket = dir.path().join("nbd.sock");
         let server = Server::bind(&socket).unwrap();
-        server.export(
-            "disk",
-            flimcd_nbd::server::Volume::new(layer(Arc::new(device))),
-        );
+        let name = "disk".parse().unwrap();
+        let volume = Volume::ephemeral(name, layer(Arc::new(device)), Mode::Owner);
+        server.export("disk", Arc::clone(&volume));
         Self {
             dir,
             image,
             socket,
             server,
+            volume,
         }
     }
 

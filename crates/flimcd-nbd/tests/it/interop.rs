@@ -231,7 +231,7 @@ fn images_in_use_are_refused_both_ways() {
         let said = String::from_utf8_lossy(&refused.stderr).into_owned();
         assert!(!refused.status.success() && said.contains("lock"), "{said}");
     }
-    drop(fixture.server);
+    drop((fixture.server, fixture.volume));
 
     // QEMU first: we refuse it.
     let pid_file = fixture.dir.path().join("pid");

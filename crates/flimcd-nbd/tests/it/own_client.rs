@@ -124,7 +124,54 @@ fn errors_of_the_medium_reach_the_guest_as_what_they_are() {
     refused(client.read(1 << 20, &mut [1]), Errno::Inval);
     refused(client.read(u64::MAX, &mut [1]), Errno::Inval);
     refused(client.trim(1, 1 << 20), Errno::Inval);
-    client.flush().unwrap();
+    // What the failed sync lost nobody knows: the volume never says "durable" again.
+    refused(client.flush(), Errno::Io);
+}
+
+#[test]
+fn requests_wait_while_the_volume_is_frozen_and_are_refused_once_it_moved() {
+    let fixture = Fixture::new(&pattern(1 << 20));
+    let mut client = fixture.client();
+    fixture.volume.start_tracking();
+    fixture.volume.freeze();
+    let write = Op::Write {
+        offset: 4096,
+        data: &[5; 4096],
+        fua: true,
+    };
+    let cookie = client.submit(write).unwrap();
+    client
+        .submit(Op::Read {
+            offset: 0,
+            length: 4096,
+        })
+        .unwrap();
+    client.flush_requests().unwrap();
+    // Another connection is served its handshake meanwhile, and sees nothing of the write.
+    assert_eq!(fixture.client().size(), 1 << 20);
+    assert!(fixture.content() == pattern(1 << 20));
+    fixture.volume.thaw();
+    let replies = [client.recv().unwrap(), client.recv().unwrap()];
+    assert!(replies.iter().all(|reply| reply.result.is_ok()));
+    assert!(replies.iter().any(|reply| reply.cookie == cookie));
+    assert_eq!(fixture.content()[4096..8192], [5; 4096]);
+
+    fixture.volume.freeze();
+    client.submit(write).unwrap();
+    client.submit(Op::Flush).unwrap();
+    client.flush_requests().unwrap();
+    fixture.volume.release();
+    let first = client.recv().unwrap();
+    let second = client.recv().unwrap();
+    let moved = Err(Errno::Shutdown);
+    assert!(
+        first.result == moved || second.result == moved,
+        "{first:?} {second:?}"
+    );
+    assert!(matches!(
+        client.read(0, &mut [0; 512]),
+        Err(ClientError::Refused(Errno::Shutdown))
+    ));
 }
 
 #[test]
