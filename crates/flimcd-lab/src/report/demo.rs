@@ -98,6 +98,9 @@ pub struct StrategyReport {
     /// What had to cross in this run, if it was computed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lower_bound: Option<LowerBound>,
+    /// Further figures, which may change from version to version.
+    #[serde(default, skip_serializing_if = "serde_json::Value::is_null")]
+    pub details: serde_json::Value,
     /// Why the migration failed, if it did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,

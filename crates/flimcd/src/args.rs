@@ -1,0 +1,433 @@
+//! The command line as clap sees it: every command with its help and examples.
+
+use std::{ops::Range, path::PathBuf};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+use flimcd_agent::api::Strategy;
+use flimcd_core::{SiteName, VolumeName};
+
+pub(crate) use crate::demo::args::DemoArgs;
+use crate::units::{parse_rate, parse_seeds, parse_size};
+
+/// Where an agent's API socket is looked for.
+const API_SOCKET: &str = "/run/flimcd/api.sock";
+
+/// Move a running virtual machine with its local disks between data centres.
+#[derive(Debug, Parser)]
+#[command(
+    name = "flimcd",
+    version,
+    arg_required_else_help = true,
+    after_help = "\
+Examples:
+  flimcd demo                             two agents, a WAN and a guest on this machine: see it move
+  flimcd agent --config agent.toml        run the daemon of one site
+  flimcd migrate vm1 --to lisbon --wait   move a disk and watch it
+  flimcd status --watch                   what the agent is doing
+
+`flimcd COMMAND --help` has examples for each command. Commands for an agent talk to its socket: --api,
+or FLIMCD_API, or /run/flimcd/api.sock."
+)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Migrate a disk between two agents over an emulated WAN, on this machine, and compare strategies
+    Demo(DemoArgs),
+    /// Make the certificates that agents know each other by
+    Pki(PkiArgs),
+    /// Run the daemon of one site
+    Agent(AgentArgs),
+    /// Create, import, list, show and remove volumes
+    Volume(VolumeArgs),
+    /// Print the socket that a guest finds a volume at
+    Export(ExportArgs),
+    /// Move a volume to another site
+    Migrate(MigrateArgs),
+    /// Let a volume's migration switch to the target as soon as it is ready
+    Switchover(OneVolumeArgs),
+    /// End a volume's migration before the switch; the guest never notices
+    Cancel(OneVolumeArgs),
+    /// Show an agent's links, volumes and migrations
+    Status(StatusArgs),
+    /// Run whole simulated migrations with faults, and check them
+    Sim(SimArgs),
+    /// Measure the link or the NBD server
+    Bench(BenchArgs),
+    /// Print a completion script for a shell
+    Completions(CompletionsArgs),
+}
+
+/// Which agent to talk to.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ApiArgs {
+    /// The agent's API socket
+    #[arg(long = "api", value_name = "SOCKET", env = "FLIMCD_API", default_value = API_SOCKET)]
+    pub(crate) socket: PathBuf,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  flimcd pki init                 make an authority in ./pki
+  flimcd pki issue lisbon         certificate and key for the site lisbon: pki/lisbon.pem, pki/lisbon.key
+
+Every site gets ca.pem and its own two files. ca.key stays where it was made.")]
+pub(crate) struct PkiArgs {
+    #[command(subcommand)]
+    pub(crate) command: PkiCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum PkiCommand {
+    /// Make a certificate authority
+    #[command(after_help = "Examples:\n  flimcd pki init\n  flimcd pki init --dir /etc/flimcd/pki")]
+    Init {
+        /// Directory of the authority's files
+        #[arg(long, value_name = "DIR", default_value = "pki")]
+        dir: PathBuf,
+        /// Replace an authority that is there; certificates it issued stop working
+        #[arg(long)]
+        force: bool,
+    },
+    /// Make a certificate and a key for a site
+    #[command(after_help = "\
+Examples:\n  flimcd pki issue lisbon\n  flimcd pki issue lisbon --dir /etc/flimcd/pki")]
+    Issue {
+        /// Name of the site, as in its configuration
+        site: SiteName,
+        /// Directory of the authority's files
+        #[arg(long, value_name = "DIR", default_value = "pki")]
+        dir: PathBuf,
+        /// Replace a certificate that is there
+        #[arg(long)]
+        force: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  flimcd agent --config /etc/flimcd/agent.toml
+  flimcd agent --config agent.toml --check     only say whether the configuration can be used
+
+docs/agent.example.toml shows every setting. SIGINT or SIGTERM stop the agent gracefully; migrations that
+run then go on when it is started again.")]
+pub(crate) struct AgentArgs {
+    /// Configuration, TOML
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: PathBuf,
+    /// Check the configuration, and do nothing else
+    #[arg(long)]
+    pub(crate) check: bool,
+    /// Process id of the parent, with which the agent ends; for the demo
+    #[arg(long, hide = true, value_name = "PID")]
+    pub(crate) with_parent: Option<u32>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  flimcd volume create vm1 --size 20GiB
+  flimcd volume import vm1 /var/lib/images/vm1.raw
+  flimcd volume list")]
+pub(crate) struct VolumeArgs {
+    #[command(subcommand)]
+    pub(crate) command: VolumeCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum VolumeCommand {
+    /// Make an empty volume
+    #[command(after_help = "\
+Examples:\n  flimcd volume create vm1 --size 20GiB\n  flimcd volume create vm2 --size 512M --tenant acme")]
+    Create {
+        /// Name of the volume
+        name: VolumeName,
+        /// Size: 1GiB, 512M, or any number of bytes
+        #[arg(long, value_parser = parse_size)]
+        size: u64,
+        /// Whose it is; content is only shared inside a tenant
+        #[arg(long)]
+        tenant: Option<String>,
+        #[command(flatten)]
+        api: ApiArgs,
+    },
+    /// Take a raw image under care, where it lies and without copying it
+    #[command(after_help = "\
+Examples:\n  flimcd volume import vm1 /var/lib/images/vm1.raw\n
+A qcow2 image is moved as the bytes of its file; the guest's QEMU keeps reading it as qcow2.")]
+    Import {
+        /// Name to give it
+        name: VolumeName,
+        /// The raw image
+        image: PathBuf,
+        /// Whose it is; content is only shared inside a tenant
+        #[arg(long)]
+        tenant: Option<String>,
+        #[command(flatten)]
+        api: ApiArgs,
+    },
+    /// List all volumes
+    #[command(after_help = "Examples:\n  flimcd volume list\n  flimcd volume list --json")]
+    List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        api: ApiArgs,
+    },
+    /// Show one volume
+    #[command(after_help = "Examples:\n  flimcd volume show vm1\n  flimcd volume show vm1 --json")]
+    Show {
+        /// Name of the volume
+        name: VolumeName,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        api: ApiArgs,
+    },
+    /// Give a volume up; its image stays unless asked otherwise
+    #[command(after_help = "\
+Examples:\n  flimcd volume remove vm1\n  flimcd volume remove vm1 --delete-image")]
+    Remove {
+        /// Name of the volume
+        name: VolumeName,
+        /// Delete the image file too
+        #[arg(long)]
+        delete_image: bool,
+        #[command(flatten)]
+        api: ApiArgs,
+    },
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  flimcd export vm1              the NBD URI, for a guest or for nbdinfo, nbdcopy, qemu-img…
+  flimcd export vm1 --json       socket and export name apart
+  qemu-system-x86_64 … -drive file=\"$(flimcd export vm1)\",format=raw,if=virtio")]
+pub(crate) struct ExportArgs {
+    /// Name of the volume
+    pub(crate) name: VolumeName,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) api: ApiArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  flimcd migrate vm1 --to lisbon                        begin, and return
+  flimcd migrate vm1 --to lisbon --wait                 watch it to its end; Ctrl-C cancels before the switch
+  flimcd migrate vm1 --to lisbon --bandwidth 50mbit --strategy precopy
+  flimcd migrate vm1 --to lisbon --switchover manual    switch only when `flimcd switchover vm1` says so
+
+With --switchover auto the switch comes once the migration is ready and the guest's connection to the
+source's export is closed. The guest then connects to the target's export.")]
+pub(crate) struct MigrateArgs {
+    /// Name of the volume
+    pub(crate) volume: VolumeName,
+    /// The site to move it to, a peer in the agent's configuration
+    #[arg(long, value_name = "SITE")]
+    pub(crate) to: SiteName,
+    /// How to go about it
+    #[arg(long, value_enum, default_value_t = StrategyArg::Flimcd)]
+    pub(crate) strategy: StrategyArg,
+    /// Ceiling for all that goes to this site: 50mbit, 6MB/s…
+    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    pub(crate) bandwidth: Option<u64>,
+    /// When the switch may come
+    #[arg(long, value_enum, default_value_t = SwitchoverArg::Auto)]
+    pub(crate) switchover: SwitchoverArg,
+    /// Compress content, or not; the strategy's own way if left out
+    #[arg(long, value_name = "BOOL")]
+    pub(crate) compress: Option<bool>,
+    /// Stay, show progress, and end with the migration's outcome
+    #[arg(long)]
+    pub(crate) wait: bool,
+    /// Print JSON: the migration, or with --wait one line per second
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) api: ApiArgs,
+}
+
+/// A strategy, on the command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum StrategyArg {
+    /// Everything, then rounds of what got dirty, then stop and copy
+    Precopy,
+    /// Switch at once, then fetch on demand and push the rest
+    Postcopy,
+    /// Copy what is not hot, switch when it is cheapest, fetch the rest
+    Flimcd,
+}
+
+impl From<StrategyArg> for Strategy {
+    fn from(arg: StrategyArg) -> Self {
+        match arg {
+            StrategyArg::Precopy => Self::Precopy,
+            StrategyArg::Postcopy => Self::Postcopy,
+            StrategyArg::Flimcd => Self::Flimcd,
+        }
+    }
+}
+
+/// When the switch may come, on the command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SwitchoverArg {
+    /// Once no guest is connected to the source's export any more, or when asked
+    Auto,
+    /// Only when `flimcd switchover` asks for it
+    Manual,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  flimcd switchover vm1     switch as soon as the migration is ready
+  flimcd cancel vm1         end the migration; before the switch only
+
+Stop the guest (or be sure that it stops) before a switchover: from then on the source refuses its I/O.")]
+pub(crate) struct OneVolumeArgs {
+    /// Name of the volume
+    pub(crate) name: VolumeName,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) api: ApiArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  flimcd status
+  flimcd status --watch            again every second, until Ctrl-C
+  flimcd status --json             everything, for programs
+  flimcd --api /run/user/1000/flimcd/api.sock status")]
+pub(crate) struct StatusArgs {
+    /// Show it again every second
+    #[arg(long)]
+    pub(crate) watch: bool,
+    /// Print JSON; with --watch one line per second
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) api: ApiArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  flimcd sim --seeds 0..1000     a thousand migrations, no two alike
+  flimcd sim --seeds 42 --trace  one of them again, with everything that happened")]
+pub(crate) struct SimArgs {
+    /// Seeds to run: 0..1000 (the last one is not in it), or a single one
+    #[arg(long, value_name = "A..B", value_parser = parse_seeds)]
+    pub(crate) seeds: Range<u64>,
+    /// Print what happened in each run
+    #[arg(long)]
+    pub(crate) trace: bool,
+    /// Threads to run on; all processors if left out
+    #[arg(long, value_name = "N")]
+    pub(crate) jobs: Option<usize>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  flimcd bench link                 goodput, and faults under load, over emulated links
+  flimcd bench nbd --json out.json  this NBD server beside qemu-nbd and nbdkit, on the same file")]
+pub(crate) struct BenchArgs {
+    #[command(subcommand)]
+    pub(crate) command: BenchCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchCommand {
+    /// Bulk goodput and the latency of a fault under bulk, over emulated links (needs root or user
+    /// namespaces)
+    #[command(after_help = "\
+Examples:\n  flimcd bench link\n  flimcd bench link --link 200mbit,40ms,loss=0.1% --seconds 20 --json link.json")]
+    Link {
+        /// Links to measure; a fixed set if left out. May be repeated
+        #[arg(long, value_name = "RATE,RTT[,loss=P]")]
+        link: Vec<flimcd_lab::wan::LinkModel>,
+        /// Seconds of each measurement
+        #[arg(long, default_value_t = 15)]
+        seconds: u64,
+        /// Write the figures to a file
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+    },
+    /// The NBD server against qemu-nbd and nbdkit on the same file (those that are installed)
+    #[command(after_help = "\
+Examples:\n  flimcd bench nbd\n  flimcd bench nbd --dir /var/tmp --size 4GiB --json nbd.json")]
+    Nbd {
+        /// Directory for the file that is read and written
+        #[arg(long, value_name = "DIR")]
+        dir: Option<PathBuf>,
+        /// Size of that file
+        #[arg(long, value_parser = parse_size, default_value = "1GiB")]
+        size: u64,
+        /// Seconds of each measurement
+        #[arg(long, default_value_t = 5)]
+        seconds: u64,
+        /// Write the figures to a file
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+    },
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  flimcd completions bash > /etc/bash_completion.d/flimcd
+  flimcd completions zsh  > ~/.zfunc/_flimcd
+  flimcd completions fish > ~/.config/fish/completions/flimcd.fish")]
+pub(crate) struct CompletionsArgs {
+    /// The shell
+    pub(crate) shell: Shell,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_has_help_with_examples() {
+        fn check(command: &clap::Command, path: &str) {
+            if command.get_name() == "help" {
+                return;
+            }
+            let help = command
+                .get_after_help()
+                .map(ToString::to_string)
+                .unwrap_or_default();
+            assert!(help.contains("Examples:"), "{path} has no examples");
+            assert!(
+                command.get_about().is_some() || path == "flimcd",
+                "{path} has no description"
+            );
+            for sub in command.get_subcommands() {
+                check(sub, &format!("{path} {}", sub.get_name()));
+            }
+        }
+        check(&Cli::command(), "flimcd");
+    }
+}

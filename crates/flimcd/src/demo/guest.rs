@@ -1,0 +1,123 @@
+//! The demo's guest: the lab's checked load, connected with NBD.
+
+use anyhow::Context as _;
+use flimcd_agent::api::ExportInfo;
+use flimcd_lab::{
+    load::{Baseline, GuestDisk, Load, LoadHandle, LoadOptions, NbdDisk, Synthetic},
+    trace::{Replay, ReplayOptions, Trace, vscsi},
+};
+use serde_json::json;
+
+use super::{
+    args::{DemoArgs, LoadArg},
+    report::LoadFacts,
+};
+use crate::{format, outcome::advise};
+
+/// The guest that every strategy gets.
+pub(super) struct GuestPlan {
+    requests: Requests,
+    options: LoadOptions,
+    pub(super) facts: LoadFacts,
+}
+
+enum Requests {
+    Synthetic(Synthetic),
+    Trace(Trace, ReplayOptions),
+}
+
+impl GuestPlan {
+    /// Reads the trace, if there is one; blocks.
+    pub(super) fn new(args: &DemoArgs) -> anyhow::Result<Self> {
+        match &args.load {
+            LoadArg::Synthetic => Ok(Self::synthetic(args)),
+            LoadArg::Trace(file) => {
+                if !(args.speed.is_finite() && args.speed > 0.0) {
+                    return Err(advise(
+                        format!("a trace cannot be replayed {} times as fast", args.speed),
+                        "give --speed a number above 0",
+                    ));
+                }
+                let trace = vscsi::read_file(file)?;
+                Ok(Self::replay(trace, &file.display().to_string(), args))
+            }
+        }
+    }
+
+    fn synthetic(args: &DemoArgs) -> Self {
+        let dirty = args.dirty.unwrap_or(args.link.rate_bytes_per_sec() / 2);
+        let options = LoadOptions {
+            seed: args.seed,
+            dirty_bytes_per_sec: Some(dirty),
+            ..LoadOptions::default()
+        };
+        let requests = Synthetic::default();
+        let what = format!(
+            "{} requests, {:.0}% reads, Zipf over {:.0}% of the image, at most {} of new dirty bytes",
+            format::bytes(requests.request_bytes.into()),
+            requests.read_share * 100.0,
+            requests.working_set_share * 100.0,
+            format::rate(dirty)
+        );
+        let parameters = json!({ "requests": requests, "options": options });
+        let facts = LoadFacts { what, parameters };
+        Self {
+            requests: Requests::Synthetic(requests),
+            options,
+            facts,
+        }
+    }
+
+    fn replay(trace: Trace, name: &str, args: &DemoArgs) -> Self {
+        let replay = ReplayOptions {
+            speed: args.speed,
+            ..ReplayOptions::default()
+        };
+        let options = LoadOptions {
+            seed: args.seed,
+            ..LoadOptions::default()
+        };
+        let summary = &trace.summary;
+        let what = format!(
+            "trace {name}, {} reads, {} writes in {}, replayed {} times as fast",
+            format::count(summary.reads),
+            format::count(summary.writes),
+            format::seconds(summary.seconds),
+            args.speed
+        );
+        let parameters =
+            json!({ "trace": name, "summary": summary, "replay": replay, "options": options });
+        let facts = LoadFacts { what, parameters };
+        Self {
+            requests: Requests::Trace(trace, replay),
+            options,
+            facts,
+        }
+    }
+
+    /// Starts the guest on a disk with this content.
+    pub(super) fn start(
+        &self,
+        disk: Box<dyn GuestDisk>,
+        baseline: Baseline,
+    ) -> anyhow::Result<LoadHandle> {
+        let options = self.options.clone();
+        match &self.requests {
+            Requests::Synthetic(synthetic) => {
+                Load::start(disk, baseline, synthetic.clone(), options)
+            }
+            Requests::Trace(trace, replay) => {
+                let replay = Replay::new(trace.clone(), baseline.size(), replay.clone());
+                Load::start_with(disk, baseline, Box::new(replay), options)
+            }
+        }
+        .context("the guest cannot be started")
+    }
+}
+
+/// Connects to an export as a guest's host would; blocks.
+pub(super) fn connect(export: &ExportInfo) -> anyhow::Result<Box<dyn GuestDisk>> {
+    let disk = NbdDisk::connect(&export.socket, &export.export)
+        .with_context(|| format!("the guest cannot connect to {}", export.uri))?;
+    Ok(Box::new(disk))
+}

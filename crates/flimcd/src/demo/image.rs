@@ -1,0 +1,228 @@
+//! The demo's image: made from a seed or copied from a file, surveyed, and copied for each strategy.
+
+use std::{
+    fs::File,
+    io,
+    os::unix::fs::FileExt as _,
+    path::{Path, PathBuf},
+};
+
+use anyhow::Context as _;
+use flimcd_content::{Compression, Encoder, is_zero};
+use flimcd_core::{BLOCK_SIZE, BLOCKS_PER_CHUNK, BlockRange, CHUNK_SIZE, VolumeSize};
+use flimcd_lab::{
+    image::{self, ImageOptions},
+    load::Baseline,
+};
+use rustix::fs::{FallocateFlags, SeekFrom, copy_file_range, fallocate, seek};
+use serde::Serialize;
+
+use super::args::{DemoArgs, LoadArg};
+use crate::outcome::advise;
+
+/// The image and what is known of it.
+pub(super) struct DemoImage {
+    pub(super) path: PathBuf,
+    pub(super) baseline: Baseline,
+    pub(super) facts: ImageFacts,
+}
+
+/// What the report says of the image.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct ImageFacts {
+    pub(super) from: String,
+    pub(super) size_bytes: u64,
+    /// Bytes in blocks that are not zero.
+    pub(super) non_zero_bytes: u64,
+    /// The same after the agents' compression, chunk by chunk.
+    pub(super) encoded_bytes: u64,
+}
+
+/// Makes the image in `dir` and surveys it. Reads every byte; blocks.
+pub(super) fn prepare(dir: &Path, args: &DemoArgs) -> anyhow::Result<DemoImage> {
+    let path = dir.join("image.raw");
+    let from = match &args.image {
+        Some(file) => {
+            let size = check_image(file)?;
+            copy_sparse(file, &path)
+                .with_context(|| format!("{} ({size} bytes) cannot be copied", file.display()))?;
+            file.display().to_string()
+        }
+        None => {
+            let options = ImageOptions {
+                seed: args.seed,
+                size_bytes: VolumeSize::new(args.size)?.bytes(),
+                ..ImageOptions::default()
+            };
+            image::create(&path, &options).with_context(|| {
+                format!(
+                    "the image cannot be made in {}; is there room?",
+                    dir.display()
+                )
+            })?;
+            format!("seed {}", args.seed)
+        }
+    };
+    let granule = match args.load {
+        LoadArg::Synthetic => 4096,
+        // A recorded guest addresses sectors.
+        LoadArg::Trace(_) => 512,
+    };
+    let baseline = Baseline::of_file(&path, granule).context("the image cannot be surveyed")?;
+    let (non_zero_bytes, encoded_bytes) = encoded(&path).context("the image cannot be read")?;
+    let facts = ImageFacts {
+        from,
+        size_bytes: baseline.size(),
+        non_zero_bytes,
+        encoded_bytes,
+    };
+    Ok(DemoImage {
+        path,
+        baseline,
+        facts,
+    })
+}
+
+fn check_image(file: &Path) -> anyhow::Result<u64> {
+    let data = std::fs::metadata(file)
+        .with_context(|| format!("the image {} cannot be opened", file.display()))?;
+    if !data.is_file() {
+        return Err(advise(
+            format!("{} is not a regular file", file.display()),
+            "--image takes a raw disk image",
+        ));
+    }
+    VolumeSize::new(data.len())
+        .with_context(|| format!("{} cannot be a volume", file.display()))?;
+    Ok(data.len())
+}
+
+/// Copies a file and its holes. `to` must not exist.
+pub(super) fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
+    let source = File::open(from)?;
+    let size = source.metadata()?.len();
+    let target = File::create_new(to)?;
+    target.set_len(size)?;
+    for_each_extent(&source, size, |start, end| {
+        copy_extent(&source, &target, start, end)
+    })
+}
+
+fn copy_extent(source: &File, target: &File, mut at: u64, end: u64) -> io::Result<()> {
+    // Room is taken in one piece, as a file system that is not full would give it.
+    let _ = fallocate(target, FallocateFlags::empty(), at, end - at);
+    while at < end {
+        let (mut from, mut to) = (at, at);
+        let want = usize::try_from((end - at).min(64 << 20)).unwrap_or(64 << 20);
+        match copy_file_range(source, Some(&mut from), target, Some(&mut to), want) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(copied) => at += copied as u64,
+            // Not on every file system, and not between any two.
+            Err(
+                rustix::io::Errno::XDEV | rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP,
+            ) => {
+                return copy_by_hand(source, target, at, end);
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+fn copy_by_hand(source: &File, target: &File, mut at: u64, end: u64) -> io::Result<()> {
+    let mut buffer = vec![0; 1 << 20];
+    while at < end {
+        let len = buffer
+            .len()
+            .min(usize::try_from(end - at).unwrap_or(usize::MAX));
+        source.read_exact_at(&mut buffer[..len], at)?;
+        target.write_all_at(&buffer[..len], at)?;
+        at += len as u64;
+    }
+    Ok(())
+}
+
+/// Calls `each` with every run of bytes that is not a hole.
+fn for_each_extent(
+    file: &File,
+    size: u64,
+    mut each: impl FnMut(u64, u64) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut at = 0;
+    while at < size {
+        let start = match seek(file, SeekFrom::Data(at)) {
+            Ok(start) => start,
+            // Only a hole is left.
+            Err(rustix::io::Errno::NXIO) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        let end = seek(file, SeekFrom::Hole(start))?.min(size);
+        each(start, end)?;
+        at = end;
+    }
+    Ok(())
+}
+
+/// Bytes in non-zero blocks, and how many they are once encoded as the agents do it.
+fn encoded(path: &Path) -> io::Result<(u64, u64)> {
+    let file = File::open(path)?;
+    let size = VolumeSize::new(file.metadata()?.len()).map_err(io::Error::other)?;
+    let mut encoder = Encoder::new(Compression::DEFAULT);
+    let (mut non_zero, mut encoded) = (0, 0);
+    let mut buffer = Vec::new();
+    let mut next = 0;
+    for_each_extent(&file, size.bytes(), |start, end| {
+        // An extent may begin or end inside a chunk; each chunk is looked at once.
+        for chunk in (start / CHUNK_SIZE).max(next)..end.div_ceil(CHUNK_SIZE) {
+            let blocks = BlockRange::new(
+                chunk * BLOCKS_PER_CHUNK,
+                ((chunk + 1) * BLOCKS_PER_CHUNK).min(size.blocks()),
+            );
+            let bytes = blocks.bytes(size);
+            buffer.resize(usize::try_from(bytes.len()).unwrap_or(0), 0);
+            file.read_exact_at(&mut buffer, bytes.start)?;
+            encoded += encoder.encode(blocks, &buffer).payload.len() as u64;
+            let block_bytes = usize::try_from(BLOCK_SIZE).unwrap_or(4096);
+            let data = buffer.chunks(block_bytes).filter(|block| !is_zero(block));
+            non_zero += data.map(|block| block.len() as u64).sum::<u64>();
+            next = chunk + 1;
+        }
+        Ok(())
+    })?;
+    Ok((non_zero, encoded))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::MetadataExt as _;
+
+    #[test]
+    fn copies_keep_holes_and_odd_sizes() {
+        let dir = tempfile::tempdir().unwrap();
+        let (from, to) = (dir.path().join("a"), dir.path().join("b"));
+        let file = File::create(&from).unwrap();
+        file.set_len((8 << 20) + 77).unwrap();
+        file.write_all_at(&[7; 5000], 3 << 20).unwrap();
+        file.write_all_at(b"end", (8 << 20) + 74).unwrap();
+        copy_sparse(&from, &to).unwrap();
+        assert!(std::fs::read(&from).unwrap() == std::fs::read(&to).unwrap());
+        assert!(std::fs::metadata(&to).unwrap().blocks() * 512 < 1 << 20);
+        let error = copy_sparse(&from, &to).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
+    }
+
+    #[test]
+    fn zero_blocks_cost_nothing_and_repetition_little() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        let file = File::create(&path).unwrap();
+        file.set_len((1 << 20) + 1).unwrap();
+        file.write_all_at(&[7; 8192], 4096).unwrap();
+        file.write_all_at(&[0; 8192], 65536).unwrap();
+        file.write_all_at(&[1], 1 << 20).unwrap();
+        let (non_zero, encoded) = encoded(&path).unwrap();
+        assert_eq!(non_zero, 8192 + 1);
+        assert!(encoded > 0 && encoded < 200, "{encoded}");
+    }
+}

@@ -1,0 +1,237 @@
+//! One agent of the demo: a real process with a directory of its own.
+
+use std::{
+    fs,
+    io::{self, Read as _, Seek as _, SeekFrom},
+    os::unix::process::CommandExt as _,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use flimcd_agent::api::{Client, Status};
+use serde::Serialize;
+
+use crate::outcome::advise;
+
+const START_MAX: Duration = Duration::from_secs(20);
+const START_POLL: Duration = Duration::from_millis(10);
+/// So much of a log is shown when something went wrong.
+const LOG_TAIL_BYTES: u64 = 4 << 10;
+
+/// The configuration of a demo's agent, written as TOML.
+#[derive(Serialize)]
+struct ConfigFile<'a> {
+    site: &'a str,
+    state_dir: PathBuf,
+    images_dir: PathBuf,
+    runtime_dir: PathBuf,
+    listen: &'a str,
+    tls: TlsFiles,
+    peer: Vec<PeerTable<'a>>,
+}
+
+#[derive(Serialize)]
+struct TlsFiles {
+    ca: PathBuf,
+    cert: PathBuf,
+    key: PathBuf,
+}
+
+#[derive(Serialize)]
+struct PeerTable<'a> {
+    site: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    address: Option<String>,
+    may_send: [&'a str; 1],
+    may_receive: [&'a str; 1],
+}
+
+/// A running agent. Dropping it kills the process and waits for its end.
+pub(super) struct Site {
+    name: &'static str,
+    dir: PathBuf,
+    child: Arc<Mutex<Child>>,
+    pid: u32,
+    pub(super) client: Client,
+}
+
+impl Site {
+    /// Starts the agent of `name`, which knows one peer, and waits until it answers.
+    pub(super) async fn start(
+        base: &Path,
+        pki: &Path,
+        reaper: &Reaper,
+        name: &'static str,
+        peer: (&'static str, Option<String>),
+    ) -> anyhow::Result<Self> {
+        let dir = base.join(name);
+        let config = write_config(&dir, pki, name, peer).with_context(|| {
+            format!("the agent of {name} cannot be set up in {}", dir.display())
+        })?;
+        let log =
+            fs::File::create(dir.join("agent.log")).context("the agent's log cannot be made")?;
+        let program = std::env::current_exe().context("this program does not find itself")?;
+        let child = Command::new(program)
+            .arg("agent")
+            .arg("--config")
+            .arg(&config)
+            .args(["--with-parent", &std::process::id().to_string()])
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            // A Ctrl-C at the terminal goes to the demo alone, which then ends the agents in order.
+            .process_group(0)
+            .spawn()
+            .context("the agent's process cannot be started")?;
+        let site = Self {
+            name,
+            pid: child.id(),
+            client: Client::new(dir.join("run/api.sock")),
+            child: reaper.watch(child),
+            dir,
+        };
+        site.wait_until_up().await?;
+        Ok(site)
+    }
+
+    async fn wait_until_up(&self) -> anyhow::Result<()> {
+        let deadline = Instant::now() + START_MAX;
+        loop {
+            match self.client.status().await {
+                Ok(_) => return Ok(()),
+                Err(error) if Instant::now() > deadline => {
+                    return Err(
+                        self.explain(anyhow::Error::new(error).context("it does not answer"))
+                    );
+                }
+                Err(_) => {}
+            }
+            if let Some(status) = self.lock().try_wait()? {
+                return Err(self.explain(anyhow::anyhow!("it ended at once ({status})")));
+            }
+            tokio::time::sleep(START_POLL).await;
+        }
+    }
+
+    /// The agent's status.
+    pub(super) async fn status(&self) -> anyhow::Result<Status> {
+        self.client
+            .status()
+            .await
+            .map_err(|error| self.explain(error))
+    }
+
+    /// Adds to an error which agent it was, whether it still runs, and the end of its log.
+    pub(super) fn explain(&self, error: impl Into<anyhow::Error>) -> anyhow::Error {
+        let error = error.into();
+        let ended = match self.lock().try_wait() {
+            Ok(Some(status)) => format!(", whose process ended ({status})"),
+            _ => String::new(),
+        };
+        let log = log_tail(&self.dir.join("agent.log"));
+        let log = log.unwrap_or_else(|error| format!("(cannot be read: {error})"));
+        let what = format!("the agent of {}{ended}: {error:#}", self.name);
+        if log.is_empty() {
+            return advise(what, "its log is empty");
+        }
+        advise(what, format!("the end of its log:\n{log}"))
+    }
+
+    /// Its process id.
+    pub(super) const fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Where the demo puts images for it to import.
+    pub(super) fn images(&self) -> PathBuf {
+        self.dir.join("images")
+    }
+
+    /// Ends the process now. Everything it has lies in the demo's directory, so nothing is lost.
+    pub(super) fn kill(&self) {
+        kill(&self.child);
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Child> {
+        self.child.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Knows every agent of the demo, so that all of them can be ended from outside of what runs it.
+#[derive(Default)]
+pub(super) struct Reaper(Mutex<Vec<Arc<Mutex<Child>>>>);
+
+impl Reaper {
+    fn watch(&self, child: Child) -> Arc<Mutex<Child>> {
+        let child = Arc::new(Mutex::new(child));
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(Arc::clone(&child));
+        child
+    }
+
+    /// Ends all of them.
+    pub(super) fn kill(&self) {
+        for child in &*self.0.lock().unwrap_or_else(PoisonError::into_inner) {
+            kill(child);
+        }
+    }
+}
+
+fn kill(child: &Mutex<Child>) {
+    let mut child = child.lock().unwrap_or_else(PoisonError::into_inner);
+    // An error means that it has ended already.
+    let _ = child.kill();
+    let _ = child.wait();
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+fn write_config(
+    dir: &Path,
+    pki: &Path,
+    name: &str,
+    (peer, address): (&str, Option<String>),
+) -> anyhow::Result<PathBuf> {
+    for sub in ["state", "images", "run"] {
+        fs::create_dir_all(dir.join(sub))?;
+    }
+    let config = ConfigFile {
+        site: name,
+        state_dir: dir.join("state"),
+        images_dir: dir.join("images"),
+        runtime_dir: dir.join("run"),
+        listen: "127.0.0.1:0",
+        tls: TlsFiles {
+            ca: pki.join("ca.pem"),
+            cert: pki.join(format!("{name}.pem")),
+            key: pki.join(format!("{name}.key")),
+        },
+        peer: vec![PeerTable {
+            site: peer,
+            address,
+            may_send: ["*"],
+            may_receive: ["*"],
+        }],
+    };
+    let path = dir.join("agent.toml");
+    fs::write(&path, toml::to_string(&config)?)?;
+    Ok(path)
+}
+
+fn log_tail(path: &Path) -> io::Result<String> {
+    let mut file = fs::File::open(path)?;
+    let len = file.metadata()?.len();
+    file.seek(SeekFrom::Start(len.saturating_sub(LOG_TAIL_BYTES)))?;
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).trim_end().to_owned())
+}

@@ -1,0 +1,109 @@
+//! Progress of a migration: a line that is drawn over on a terminal, plain lines elsewhere.
+
+use std::{
+    io::IsTerminal as _,
+    time::{Duration, Instant},
+};
+
+use flimcd_agent::api::{MigrationStatus, Phase};
+use flimcd_core::BLOCK_SIZE;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::format;
+
+/// Without a terminal a line is printed this often, and at every new phase.
+const PLAIN_EVERY: Duration = Duration::from_secs(2);
+
+/// Where a migration stands, on one line.
+pub(crate) fn line(status: &MigrationStatus) -> String {
+    let mut parts = vec![status.phase.to_string()];
+    if status.ready_for_switchover && status.phase == Phase::Precopy {
+        parts.push("ready to switch".into());
+    }
+    parts.push(format!("{} sent", format::bytes(status.bytes_sent)));
+    if !status.phase.has_ended() {
+        parts.push(format::rate(status.rate_bytes_per_sec));
+        parts.push(format!(
+            "{} left",
+            format::bytes(status.blocks_pending * BLOCK_SIZE)
+        ));
+        if let Some(eta) = status.eta_s {
+            parts.push(format!("about {} to go", format::seconds(eta)));
+        }
+        if !status.link_up {
+            parts.push("link down".into());
+        }
+    }
+    if status.guest_reads_missed > 0 || status.phase == Phase::Postcopy {
+        parts.push(format!(
+            "{} misses in {} reads",
+            format::count(status.guest_reads_missed),
+            format::count(status.guest_reads)
+        ));
+    }
+    parts.join(", ")
+}
+
+/// Shows progress on standard error.
+pub(crate) struct Progress {
+    bar: Option<ProgressBar>,
+    label: String,
+    last: Option<(Instant, Phase, bool)>,
+}
+
+impl Progress {
+    /// Progress of something called `label`.
+    pub(crate) fn new(label: impl Into<String>) -> Self {
+        let label = label.into();
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::new(1);
+            let style = ProgressStyle::with_template("{prefix} {bar:24.cyan/blue} {wide_msg}")
+                .expect("a fixed template");
+            bar.set_style(style.progress_chars("━╸─"));
+            bar.set_prefix(label.clone());
+            bar
+        });
+        Self {
+            bar,
+            label,
+            last: None,
+        }
+    }
+
+    /// Shows where the migration stands.
+    pub(crate) fn show(&mut self, status: &MigrationStatus) {
+        if let Some(bar) = &self.bar {
+            let blocks = status.bytes_total.div_ceil(BLOCK_SIZE);
+            bar.set_length(blocks.max(1));
+            bar.set_position(blocks.saturating_sub(status.blocks_pending));
+            bar.set_message(line(status));
+            return;
+        }
+        let now = Instant::now();
+        let due = self.last.is_none_or(|(at, phase, ready)| {
+            phase != status.phase
+                || ready != status.ready_for_switchover
+                || now.duration_since(at) >= PLAIN_EVERY
+        });
+        if due {
+            eprintln!("{}: {}", self.label, line(status));
+            self.last = Some((now, status.phase, status.ready_for_switchover));
+        }
+    }
+
+    /// Says something that stays.
+    pub(crate) fn say(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| eprintln!("{text}")),
+            None => eprintln!("{text}"),
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
