@@ -10,6 +10,7 @@
 mod link;
 mod model;
 pub mod relay;
+pub mod tun;
 
 pub use link::{DropCause, Link, LinkCounters, Verdict};
 pub use model::{LinkModel, ParseLinkError};
@@ -40,5 +41,23 @@ impl Side {
             Self::A => 0,
             Self::B => 1,
         }
+    }
+}
+
+/// Makes the calling thread keep time as well as the system lets it: timers that fire within a
+/// microsecond, and priority over others (as root). An emulator that comes late is wrong.
+fn prefer_this_thread() {
+    // SAFETY: PR_SET_TIMERSLACK takes a number and changes only the calling thread's timers.
+    let result = unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1000u64, 0, 0, 0) };
+    if result != 0 {
+        tracing::debug!(error = %std::io::Error::last_os_error(), "timer slack stays");
+    }
+    // SAFETY: a sched_param is plain data, all zeroes are a valid one.
+    let mut priority: libc::sched_param = unsafe { std::mem::zeroed() };
+    priority.sched_priority = 1;
+    // SAFETY: 0 is the calling thread, and the parameter lives through the call.
+    let result = unsafe { libc::sched_setscheduler(0, libc::SCHED_RR, &raw const priority) };
+    if result != 0 {
+        tracing::debug!(error = %std::io::Error::last_os_error(), "no real-time priority");
     }
 }

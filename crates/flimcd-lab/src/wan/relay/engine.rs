@@ -107,8 +107,7 @@ impl Engine {
     }
 
     pub(super) fn run(mut self) {
-        // Sleeps end on time: the default slack of 50 µs would add up.
-        let _ = set_timer_slack();
+        crate::wan::prefer_this_thread();
         while !self.is_stopping {
             if let Err(error) = self.wait() {
                 tracing::error!(%error, "the WAN relay cannot poll; it stops");
@@ -410,14 +409,4 @@ fn relayable(model: LinkModel) -> LinkModel {
         reorder: 0.0,
         ..model
     }
-}
-
-/// Timers of this thread fire within a microsecond of their time.
-fn set_timer_slack() -> io::Result<()> {
-    // SAFETY: PR_SET_TIMERSLACK takes a number and changes only the calling thread's timers.
-    let result = unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1000u64, 0, 0, 0) };
-    if result != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
 }
