@@ -1,3 +1,4 @@
 //! Benchmarks that compare, side by side and in one run.
 
 pub mod harness;
+pub mod wan;

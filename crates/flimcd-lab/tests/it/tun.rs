@@ -13,6 +13,7 @@ use flimcd_lab::wan::{
     tun::{NamespaceError, NamespaceLab, NamespaceOptions},
 };
 
+#[expect(clippy::print_stderr, reason = "a skipped test says so")]
 fn lab(model: &str) -> Option<NamespaceLab> {
     let model: LinkModel = model.parse().unwrap();
     match NamespaceLab::new(&NamespaceOptions::new(model)) {
@@ -68,7 +69,7 @@ fn tcp_bytes_arrive_intact_over_a_lossy_reordering_link() {
             TcpStream::connect(address)
                 .unwrap()
                 .write_all(&data)
-                .unwrap()
+                .unwrap();
         })
         .unwrap();
     client.join().unwrap();
