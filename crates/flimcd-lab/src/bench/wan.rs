@@ -13,6 +13,7 @@ use std::{
 };
 
 use serde::Serialize;
+use socket2::{Domain, Protocol, Socket, Type};
 
 use super::harness::median;
 use crate::wan::{
@@ -81,13 +82,19 @@ pub fn measure_tun(
     duration: Duration,
 ) -> Result<WanMeasurement, WanBenchError> {
     let lab = NamespaceLab::new(&NamespaceOptions::new(model))?;
-    lab.set_congestion_control(congestion_control)?;
     let listen = || TcpListener::bind((NamespaceLab::address(Side::B), 0));
     let listener = join(lab.run_in(Side::B, listen)?.join())??;
     let address = listener.local_addr()?;
     let _server = Server::start(listener)?;
     let connect = || -> Result<TcpStream, WanBenchError> {
-        let connect = move || TcpStream::connect(address);
+        let name = congestion_control.to_owned();
+        // Per socket: a namespace may not choose one that the system restricts, root may.
+        let connect = move || -> io::Result<TcpStream> {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
+            socket.set_tcp_congestion(name.as_bytes())?;
+            socket.connect(&address.into())?;
+            Ok(socket.into())
+        };
         Ok(join(lab.run_in(Side::A, connect)?.join())??)
     };
     let mut measurement = measure(model, duration, connect)?;

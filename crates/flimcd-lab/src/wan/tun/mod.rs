@@ -235,7 +235,8 @@ impl NamespaceLab {
     /// Sets the congestion control for new sockets of both sides, such as `bbr` or `cubic`.
     ///
     /// # Errors
-    /// When the kernel does not have it.
+    /// When the kernel does not have it, or does not let namespaces choose it: what
+    /// `/proc/sys/net/ipv4/tcp_allowed_congestion_control` lacks can only be set per socket, by root.
     pub fn set_congestion_control(&self, name: &str) -> Result<(), NamespaceError> {
         let set_up = |source| NamespaceError::SetUp {
             what: "set the congestion control",
