@@ -26,8 +26,8 @@ Examples:
   flimcd migrate vm1 --to lisbon --wait   move a disk and watch it
   flimcd status --watch                   what the agent is doing
 
-`flimcd COMMAND --help` has examples for each command. Commands for an agent talk to its socket: --api,
-or FLIMCD_API, or /run/flimcd/api.sock."
+`flimcd COMMAND --help` has examples for each command. Commands for an agent talk to its socket: \
+--api, or FLIMCD_API, or /run/flimcd/api.sock."
 )]
 pub(crate) struct Cli {
     #[command(subcommand)]
@@ -115,8 +115,8 @@ Examples:
   flimcd agent --config /etc/flimcd/agent.toml
   flimcd agent --config agent.toml --check     only say whether the configuration can be used
 
-docs/agent.example.toml shows every setting. SIGINT or SIGTERM stop the agent gracefully; migrations that
-run then go on when it is started again.")]
+docs/agent.example.toml shows every setting. SIGINT or SIGTERM stop the agent gracefully; migrations \
+that run then go on when it is started again.")]
 pub(crate) struct AgentArgs {
     /// Configuration, TOML
     #[arg(long, value_name = "FILE")]
@@ -225,13 +225,14 @@ pub(crate) struct ExportArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
-  flimcd migrate vm1 --to lisbon                        begin, and return
-  flimcd migrate vm1 --to lisbon --wait                 watch it to its end; Ctrl-C cancels before the switch
+  flimcd migrate vm1 --to lisbon           begin, and return
+  flimcd migrate vm1 --to lisbon --wait    watch it to its end
   flimcd migrate vm1 --to lisbon --bandwidth 50mbit --strategy precopy
-  flimcd migrate vm1 --to lisbon --switchover manual    switch only when `flimcd switchover vm1` says so
+  flimcd migrate vm1 --to lisbon --switchover manual && flimcd switchover vm1
 
-With --switchover auto the switch comes once the migration is ready and the guest's connection to the
-source's export is closed. The guest then connects to the target's export.")]
+With --switchover auto the switch comes once the migration is ready and the guest's connection to \
+the source's export is closed. The guest then connects to the target's export. With --wait, Ctrl-C \
+cancels the migration before the switch; after it, the command only detaches.")]
 pub(crate) struct MigrateArgs {
     /// Name of the volume
     pub(crate) volume: VolumeName,
@@ -296,7 +297,8 @@ Examples:
   flimcd switchover vm1     switch as soon as the migration is ready
   flimcd cancel vm1         end the migration; before the switch only
 
-Stop the guest (or be sure that it stops) before a switchover: from then on the source refuses its I/O.")]
+Stop the guest (or be sure that it stops) before a switchover: from then on the source refuses its \
+requests.")]
 pub(crate) struct OneVolumeArgs {
     /// Name of the volume
     pub(crate) name: VolumeName,
@@ -313,7 +315,7 @@ Examples:
   flimcd status
   flimcd status --watch            again every second, until Ctrl-C
   flimcd status --json             everything, for programs
-  flimcd --api /run/user/1000/flimcd/api.sock status")]
+  flimcd status --api /run/user/1000/flimcd/api.sock")]
 pub(crate) struct StatusArgs {
     /// Show it again every second
     #[arg(long)]

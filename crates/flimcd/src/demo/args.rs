@@ -16,11 +16,11 @@ Examples:
   flimcd demo --size 256MiB --strategies flimcd      a short one
   flimcd demo --link 1gbit,20ms --json report.json   another link, figures to a file of your choice
   flimcd demo --image debian.raw                     your own raw image; it is copied, never changed
-  flimcd demo --load trace:disk.vscsi --speed 4      a recorded disk as the guest, four times as fast
+  flimcd demo --load trace:disk.vscsi --speed 4      a recorded disk as the guest
 
-Needs no root and no QEMU. Two agents run as real processes, and talk over a TCP relay that models the
-link's rate, delay and queue, but not loss. The guest is a load that connects with NBD and knows what every
-byte must be. Ctrl-C at any moment stops everything and removes every file.")]
+Needs no root and no QEMU. Two agents run as real processes, and talk over a TCP relay that models \
+the link's rate, delay and queue, but not loss. The guest is a load that connects with NBD and knows \
+what every byte must be. Ctrl-C at any moment stops everything and removes every file.")]
 pub(crate) struct DemoArgs {
     /// Size of the image, which is made from the seed
     #[arg(long, value_parser = parse_size, default_value = "1GiB", conflicts_with = "image")]

@@ -1,0 +1,8 @@
+//! The binary as its users run it: real processes, real sockets, messages and exit codes.
+#![allow(clippy::print_stderr, reason = "skipped tests say so")]
+
+mod by_hand;
+mod demo;
+mod messages;
+mod util;
+mod walkthrough;
