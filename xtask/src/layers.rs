@@ -11,7 +11,10 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("flimcd-volume", &["flimcd-core", "flimcd-content"]),
     ("flimcd-nbd", &["flimcd-core", "flimcd-volume"]),
     ("flimcd-link", &["flimcd-core", "flimcd-wire"]),
-    ("flimcd-lab", &["flimcd-core", "flimcd-nbd", "flimcd-link"]),
+    (
+        "flimcd-lab",
+        &["flimcd-core", "flimcd-volume", "flimcd-nbd", "flimcd-link"],
+    ),
     (
         "flimcd-sim",
         &[
