@@ -193,11 +193,11 @@ impl Link {
             .map(|lane| socket::congestion_control(&lane.tcp));
         *lock(&self.failure) = None;
         self.meter().pacer.restart();
-        self.inbox.up(generation);
         self.status.send_replace(LinkStatus {
             generation,
             is_up: true,
         });
+        self.inbox.up(generation);
         tracing::info!(peer = %self.peer, generation, connections = lanes.len(), ?origin, "link is up");
         let link = self.clone();
         tokio::spawn(async move {
@@ -226,11 +226,12 @@ impl Link {
         let generation = active.generation;
         tracing::info!(peer = %self.peer, generation, %reason, "link is down");
         self.outbox.close();
-        self.inbox.down(generation, reason.clone());
+        // Before the event, so that whoever has seen the event sees the status as well.
         self.status.send_replace(LinkStatus {
             generation,
             is_up: false,
         });
+        self.inbox.down(generation, reason.clone());
         bundle.ending.end(reason);
     }
 

@@ -1,6 +1,6 @@
 //! Two endpoints and what tests need to look at them.
 
-use std::{fs, path::Path, sync::OnceLock, time::Duration};
+use std::{fs, path::Path, time::Duration};
 
 use flimcd_core::{BlockRange, MigrationId, Seq, SiteName};
 use flimcd_link::{Endpoint, LinkConfig, LinkEvent, LinkHandle, TlsIdentity, pki};
@@ -55,8 +55,7 @@ pub(crate) struct Pair {
 
 impl Pair {
     pub(crate) async fn up(tune: impl Fn(&mut LinkConfig)) -> Self {
-        static AUTHORITY: OnceLock<Authority> = OnceLock::new();
-        let authority = AUTHORITY.get_or_init(Authority::new);
+        let authority = Authority::new();
         let endpoint = |name, peer| {
             let mut config = authority.config(name, &[peer]);
             tune(&mut config);
