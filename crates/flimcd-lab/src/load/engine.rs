@@ -264,19 +264,13 @@ impl Engine {
     }
 
     fn next(&mut self) -> Next {
-        let shared = lock(&self.shared);
-        let oracle = &shared.oracle;
-        let admits = |plan: &PlannedOp| {
-            self.in_flight
-                .admits(plan.op, oracle.granules(plan.offset, plan.length))
-        };
         for index in 0..self.deferred.len() {
             let plan = self.deferred[index];
             let is_first = !self
                 .deferred
                 .range(..index)
                 .any(|earlier| earlier.conflicts_with(&plan));
-            if is_first && admits(&plan) {
+            if is_first && self.in_flight.admits(&plan) {
                 self.deferred.remove(index);
                 return Next::Now(plan);
             }
@@ -301,7 +295,7 @@ impl Engine {
                 self.held = Some(plan);
                 return Next::In(wait);
             }
-            if admits(&plan)
+            if self.in_flight.admits(&plan)
                 && !self
                     .deferred
                     .iter()

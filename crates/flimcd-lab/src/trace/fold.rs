@@ -26,14 +26,11 @@ pub struct Fold {
 }
 
 impl Fold {
-    /// The mapping of `records` to a disk of `size` bytes.
-    ///
-    /// # Panics
-    /// When the disk is smaller than a sector.
+    /// The mapping of `records` to a disk of `size` bytes. A disk without a whole sector gets no
+    /// requests at all.
     #[must_use]
     pub fn new(records: &[TraceRecord], size: u64) -> Self {
         let sector = u64::from(SECTOR_BYTES);
-        assert!(size >= sector, "a disk of {size} bytes has no sector");
         let usable = size / sector * sector;
         let slots = (usable / EXTENT_BYTES).max(1);
         let mut starts = BTreeMap::new();
@@ -71,7 +68,7 @@ impl Fold {
     pub fn map(&self, record: &TraceRecord) -> Vec<(u64, u32)> {
         let mut parts: Vec<(u64, u32)> = Vec::with_capacity(1);
         let (mut at, end) = (record.offset, record.offset + u64::from(record.length));
-        while at < end {
+        while at < end && self.usable > 0 {
             let extent = at / EXTENT_BYTES;
             let start = self.starts.get(&extent).copied().unwrap_or(0);
             let offset = (start + at % EXTENT_BYTES) % self.usable;

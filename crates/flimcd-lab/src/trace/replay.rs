@@ -48,9 +48,6 @@ pub struct Replay {
 
 impl Replay {
     /// Replays `trace` on a disk of `size` bytes.
-    ///
-    /// # Panics
-    /// When the disk is smaller than a sector.
     #[must_use]
     pub fn new(trace: Trace, size: u64, options: ReplayOptions) -> Self {
         let fold = Fold::new(&trace.records, size);
@@ -172,6 +169,8 @@ mod tests {
         };
         let mut replay = Replay::new(trace(), 8 << 20, options);
         assert_eq!(std::iter::from_fn(|| replay.next_op()).count(), 2);
+        let mut none = Replay::new(trace(), 511, ReplayOptions::default());
+        assert!(none.next_op().is_none());
         let empty = Trace {
             records: Vec::new(),
             summary: super::super::TraceSummary::default(),

@@ -1,5 +1,7 @@
-//! Integration tests of the lab: relay over loopback, namespaces, loads.
+//! Integration tests of the lab: relay over loopback, namespaces, loads, traces.
 
 mod load;
+mod nbd;
 mod relay;
+mod trace;
 mod tun;

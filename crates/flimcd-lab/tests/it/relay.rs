@@ -240,3 +240,39 @@ fn the_model_can_be_changed_and_wrong_addresses_are_refused() {
     assert_eq!(round_trip(lossy.addresses()[0], b"both").unwrap(), b"both");
     assert_eq!(lossy.counters().b_to_a.bytes, 4);
 }
+
+#[test]
+fn a_light_connection_waits_for_the_queue_and_no_longer() {
+    let relay = relay_to(echo_server());
+    let address = relay.addresses()[0];
+    let mut light = TcpStream::connect(address).unwrap();
+    let mut bulk = TcpStream::connect(address).unwrap();
+    let mut drain = bulk.try_clone().unwrap();
+    let writer = thread::spawn(move || {
+        let chunk = [1; 65536];
+        while bulk.write_all(&chunk).is_ok() {}
+    });
+    let reader = thread::spawn(move || {
+        let mut buffer = [0; 65536];
+        while matches!(drain.read(&mut buffer), Ok(1..)) {}
+    });
+    let sent = || relay.counters().a_to_b.bytes;
+    while relay.counters().a_to_b.queue_bytes_max < 90_000 {
+        thread::yield_now();
+    }
+    // What the bulk sends while one byte goes there and back is the time that took, in bytes: a
+    // round trip (200 kB) and two full queues (200 kB) at the link's rate. Between two
+    // connections the turns are equal, so anything without an upper bound is far beyond.
+    let mut most = 0;
+    for _ in 0..20 {
+        let before = sent();
+        let mut byte = [5];
+        light.write_all(&byte).unwrap();
+        light.read_exact(&mut byte).unwrap();
+        most = most.max(sent() - before);
+    }
+    assert!(most < 1_600_000, "{most} bytes of bulk went by");
+    relay.cut(Cut::Reset);
+    writer.join().unwrap();
+    reader.join().unwrap();
+}

@@ -10,7 +10,7 @@ use std::{
 
 use flimcd_lab::wan::{
     LinkModel, Side,
-    tun::{NamespaceError, NamespaceLab, NamespaceOptions},
+    tun::{NamespaceError, NamespaceLab, NamespaceOptions, in_user_namespace},
 };
 
 #[expect(clippy::print_stderr, reason = "a skipped test says so")]
@@ -169,4 +169,27 @@ fn both_sides_have_the_congestion_control_that_was_set() {
     let read = || std::fs::read_to_string("/proc/sys/net/ipv4/tcp_rmem").unwrap();
     let limits = lab.run_in(Side::A, read).unwrap().join().unwrap();
     assert!(limits.trim().ends_with("33554432"), "{limits}");
+}
+
+#[test]
+#[expect(clippy::print_stderr, reason = "a skipped test says so")]
+fn a_user_namespace_is_enough() {
+    // The other test again, in a process that is root of a user namespace only.
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args([
+        "--exact",
+        "tun::a_cut_drops_packets_and_the_model_can_be_changed",
+        "--nocapture",
+    ]);
+    in_user_namespace(&mut command);
+    match command.output() {
+        Err(error) => eprintln!("SKIPPED: needs user namespaces: {error}"),
+        Ok(output) => {
+            let text = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success(), "{text}");
+            if text.contains("SKIPPED") {
+                eprintln!("SKIPPED in a user namespace: {text}");
+            }
+        }
+    }
 }

@@ -69,10 +69,14 @@ pub(super) fn configure(name: &str, address: Ipv4Addr, mtu: u16) -> io::Result<(
     set(libc::SIOCSIFMTU, &|request| {
         request.ifr_ifru.ifru_mtu = i32::from(mtu);
     })?;
-    // The same integer of the union that the kernel reads the queue's length from.
-    set(libc::SIOCSIFTXQLEN, &|request| {
+    let set_queue = set(libc::SIOCSIFTXQLEN, &|request| {
+        // The same integer of the union that the kernel reads the queue's length from.
         request.ifr_ifru.ifru_metric = DEVICE_QUEUE_PACKETS;
-    })?;
+    });
+    if let Err(error) = set_queue {
+        // Root of a user namespace may not. The default of 500 packets does for moderate rates.
+        tracing::debug!(%error, "the TUN device keeps its short queue");
+    }
     bring_up(name)
 }
 
