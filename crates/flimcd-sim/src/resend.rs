@@ -1,0 +1,78 @@
+//! Checks that no block which arrived is sent again because of a mere link break.
+//!
+//! Every block has a version that grows when a guest's write to it starts and when it ends. A message carries the versions
+//! that were current when it was read. When a version has been delivered, it need not be sent again, unless somebody lost
+//! it: whoever crashes or has a disk error makes the check start over.
+
+use std::collections::BTreeMap;
+
+use flimcd_core::{BlockIndex, BlockRange, ByteRange, Seq, VolumeSize};
+use flimcd_wire::Blocks;
+
+pub(crate) struct Resend {
+    versions: Vec<u32>,
+    delivered: Vec<Option<u32>>,
+    read: BTreeMap<Seq, Vec<(BlockIndex, u32)>>,
+}
+
+impl Resend {
+    pub(crate) fn new(size: VolumeSize) -> Self {
+        let blocks = crate::disk::index(size.blocks());
+        Self {
+            versions: vec![0; blocks],
+            delivered: vec![None; blocks],
+            read: BTreeMap::new(),
+        }
+    }
+
+    /// A guest's write to these bytes starts or ends.
+    pub(crate) fn written(&mut self, range: ByteRange) {
+        for block in range.blocks_touched().iter() {
+            self.versions[crate::disk::index(block.0)] += 1;
+        }
+    }
+
+    /// The source reads blocks for a message.
+    pub(crate) fn read(&mut self, seq: Seq, range: BlockRange) {
+        let versions = range
+            .iter()
+            .map(|block| (block, self.versions[crate::disk::index(block.0)]))
+            .collect();
+        self.read.insert(seq, versions);
+    }
+
+    /// A message goes on the link. The first block that has arrived as it is, if any.
+    pub(crate) fn sent(&self, blocks: &Blocks) -> Option<BlockIndex> {
+        let versions = self.read.get(&blocks.seq)?;
+        let again = |&&(block, version): &&(BlockIndex, u32)| {
+            self.delivered[crate::disk::index(block.0)] == Some(version)
+        };
+        versions.iter().find(again).map(|&(block, _)| block)
+    }
+
+    /// A message arrived.
+    pub(crate) fn delivered(&mut self, seq: Seq) {
+        for &(block, version) in self.read.get(&seq).into_iter().flatten() {
+            self.delivered[crate::disk::index(block.0)] = Some(version);
+        }
+    }
+
+    /// The source has told the target to drop this message, if it has not arrived yet.
+    pub(crate) fn given_up(&mut self, seq: Seq) {
+        for &(block, _) in self.read.get(&seq).into_iter().flatten() {
+            self.delivered[crate::disk::index(block.0)] = None;
+        }
+        self.read.remove(&seq);
+    }
+
+    /// Something was lost that a link break alone does not lose.
+    pub(crate) fn forget(&mut self) {
+        self.delivered.fill(None);
+    }
+
+    /// The source begins to number its messages anew.
+    pub(crate) fn restart(&mut self) {
+        self.forget();
+        self.read.clear();
+    }
+}

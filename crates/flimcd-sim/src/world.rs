@@ -1,0 +1,524 @@
+//! Everything that there is in one run, and the order in which it happens.
+
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BinaryHeap},
+    fmt,
+    time::Duration,
+};
+
+use flimcd_core::{ByteRange, MigrationId, Time};
+use flimcd_volume::rules::Mode;
+use flimcd_wire::{Body, Class, Frame, FrameDecoder, Message, encode};
+
+use crate::{
+    SimOptions,
+    content::INITIAL,
+    dice::Dice,
+    guest::Guest,
+    host::{Host, Stage},
+    model::Model,
+    net::{Net, Parcel},
+    plan::Plan,
+    resend::Resend,
+    source::{Encoders, SourceAgent},
+    target::TargetAgent,
+};
+
+/// One of the two sites.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Site {
+    Source,
+    Target,
+}
+
+impl Site {
+    pub(crate) const BOTH: [Self; 2] = [Self::Source, Self::Target];
+
+    pub(crate) const fn index(self) -> usize {
+        match self {
+            Self::Source => 0,
+            Self::Target => 1,
+        }
+    }
+
+    pub(crate) const fn other(self) -> Self {
+        match self {
+            Self::Source => Self::Target,
+            Self::Target => Self::Source,
+        }
+    }
+}
+
+impl fmt::Display for Site {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Source => "source",
+            Self::Target => "target",
+        })
+    }
+}
+
+/// What can happen next.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Event {
+    /// I/O of a process ended.
+    Io { site: Site, life: u64, id: u64 },
+    /// The wire is free.
+    Depart { from: Site, generation: u64 },
+    /// A message arrives.
+    Arrive { from: Site, lane: usize, generation: u64 },
+    LinkUp { site: Site, generation: u64 },
+    LinkDown { site: Site, generation: u64 },
+    /// The agents try to connect.
+    Connect,
+    /// A machine's timer.
+    Timer { site: Site, life: u64 },
+    DirtyPoll { life: u64 },
+    Estimate { life: u64 },
+    StartMigration,
+    AgentStarts { site: Site },
+    GuestNext,
+    GuestConnect,
+    GuestMove,
+    /// The operator grants the switch, again and again.
+    Grant,
+    Cancel { site: Site },
+    Fault,
+    /// A link that flaps goes down once more.
+    Flap { left: u32 },
+    /// A disk works again.
+    DiskHeals { site: Site },
+    /// Faults are over.
+    Quiet,
+}
+
+struct Scheduled {
+    time: Time,
+    number: u64,
+    event: Event,
+}
+
+impl PartialEq for Scheduled {
+    fn eq(&self, other: &Self) -> bool {
+        self.number == other.number
+    }
+}
+
+impl Eq for Scheduled {}
+
+impl PartialOrd for Scheduled {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Scheduled {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        (self.time, self.number).cmp(&(other.time, other.number))
+    }
+}
+
+/// See the module.
+pub(crate) struct World {
+    pub(crate) now: Time,
+    queue: BinaryHeap<Reverse<Scheduled>>,
+    next_event: u64,
+    pub(crate) dice: Dice,
+    pub(crate) plan: Plan,
+    pub(crate) options: SimOptions,
+    pub(crate) net: Net,
+    /// Whether somebody will try to connect.
+    pub(crate) connecting: bool,
+    pub(crate) hosts: [Host; 2],
+    pub(crate) source: SourceAgent,
+    pub(crate) target: TargetAgent,
+    pub(crate) encoders: Encoders,
+    pub(crate) guest: Guest,
+    pub(crate) model: Model,
+    pub(crate) resend: Resend,
+    /// Requests that the guest still makes after the migration has ended.
+    pub(crate) encore: Option<u64>,
+    pub(crate) coverage: BTreeMap<&'static str, u64>,
+    pub(crate) failure: Option<String>,
+    trace: Vec<String>,
+}
+
+impl World {
+    pub(crate) fn new(seed: u64, options: &SimOptions) -> Self {
+        let mut dice = Dice::new(seed);
+        let plan = Plan::draw(&mut dice, options);
+        let host = |site, mode| Host::new(site, plan.size, plan.disk.clone(), mode);
+        let mut world = Self {
+            now: Time::ZERO,
+            queue: BinaryHeap::new(),
+            next_event: 0,
+            options: options.clone(),
+            net: Net::new(plan.net.clone()),
+            connecting: false,
+            hosts: [
+                host(Site::Source, Mode::Owner),
+                host(Site::Target, Mode::Incoming),
+            ],
+            source: SourceAgent::default(),
+            target: TargetAgent::default(),
+            encoders: Encoders::new(),
+            guest: Guest::new(),
+            model: Model::new(plan.size.bytes()),
+            resend: Resend::new(plan.size),
+            encore: None,
+            coverage: BTreeMap::new(),
+            failure: None,
+            trace: Vec::new(),
+            dice,
+            plan,
+        };
+        world.prepare();
+        world
+    }
+
+    fn prepare(&mut self) {
+        let size = self.plan.size;
+        let plan = self.plan.clone();
+        self.trace(|| format!("{plan:#?}"));
+        for chunk in (0..size.chunks()).map(flimcd_core::ChunkIndex) {
+            if self.dice.permille(self.plan.data_permille) {
+                let range = chunk.blocks().bytes(size);
+                let range = ByteRange::new(range.start, range.end.min(size.bytes()));
+                self.host(Site::Source).disk.format(range, INITIAL);
+                self.model.format(range, INITIAL);
+            }
+        }
+        self.host(Site::Source)
+            .set_stage(Stage::Owner { migrating: false });
+        for site in Site::BOTH {
+            self.mutate(site);
+        }
+        self.connect_in(Duration::from_millis(1));
+        self.at(plan.start_at, Event::StartMigration);
+        self.at(Time::ZERO, Event::GuestNext);
+        self.at(plan.operator.switch_at, Event::Grant);
+        if let Some((at, site)) = plan.operator.cancel_at {
+            self.at(at, Event::Cancel { site });
+        }
+        self.at(plan.start_at, Event::Fault);
+        self.at(plan.faults.quiet_at, Event::Quiet);
+    }
+
+    /// Breaks a rule on purpose, if that is what this run is about.
+    pub(crate) fn mutate(&mut self, site: Site) {
+        #[cfg(feature = "mutations")]
+        {
+            let mutation = self.options.mutation;
+            self.host(site).rules.set_mutation(mutation);
+        }
+        #[cfg(not(feature = "mutations"))]
+        let _ = site;
+    }
+
+    pub(crate) fn host(&mut self, site: Site) -> &mut Host {
+        &mut self.hosts[site.index()]
+    }
+
+    /// Something happens at `time`.
+    pub(crate) fn at(&mut self, time: Time, event: Event) {
+        self.next_event += 1;
+        self.queue.push(Reverse(Scheduled {
+            time,
+            number: self.next_event,
+            event,
+        }));
+    }
+
+    /// Notes what happened, if anybody wants to know.
+    pub(crate) fn trace(&mut self, text: impl FnOnce() -> String) {
+        if self.options.trace {
+            let text = text();
+            self.trace.push(format!("{:>12.6} {text}", self.seconds()));
+        }
+    }
+
+    fn seconds(&self) -> f64 {
+        self.now.since(Time::ZERO).as_secs_f64()
+    }
+
+    pub(crate) fn take_trace(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.trace)
+    }
+
+    /// Counts that something was met.
+    pub(crate) fn cover(&mut self, what: &'static str) {
+        *self.coverage.entry(what).or_default() += 1;
+    }
+
+    /// A check failed; the first one counts.
+    pub(crate) fn fail(&mut self, what: String) {
+        self.trace(|| format!("FAILED: {what}"));
+        self.failure.get_or_insert(what);
+    }
+
+    /// Does what comes next; false when nothing does.
+    pub(crate) fn step(&mut self) -> bool {
+        let Some(Reverse(Scheduled { time, event, .. })) = self.queue.pop() else {
+            return false;
+        };
+        self.now = time;
+        self.happen(event);
+        true
+    }
+
+    fn lives(&self, site: Site, life: u64) -> bool {
+        let host = &self.hosts[site.index()];
+        host.up && host.life == life
+    }
+
+    fn happen(&mut self, event: Event) {
+        match event {
+            Event::Io { site, life, id } if self.lives(site, life) => self.io_done(site, id),
+            Event::Timer { site, life } if self.lives(site, life) => self.timer(site),
+            Event::DirtyPoll { life } if self.lives(Site::Source, life) => self.dirty_poll(life),
+            Event::Estimate { life } if self.lives(Site::Source, life) => self.tell_estimate(life),
+            Event::Io { .. } | Event::Timer { .. } | Event::DirtyPoll { .. } | Event::Estimate { .. } => {}
+            Event::Depart { from, generation } => self.depart(from, generation),
+            Event::Arrive {
+                from,
+                lane,
+                generation,
+            } => self.arrive(from, lane, generation),
+            Event::LinkUp { site, generation } => self.link_up(site, generation),
+            Event::LinkDown { site, generation } => self.link_down(site, generation),
+            Event::Connect => self.connect(),
+            Event::StartMigration => self.start_migration(),
+            Event::AgentStarts { site } => self.agent_starts(site),
+            Event::GuestNext => self.guest_next(),
+            Event::GuestConnect => self.guest_connects(),
+            Event::GuestMove => self.guest_moves(),
+            Event::Grant => self.grant(),
+            Event::Cancel { site } => self.cancel(site),
+            Event::Fault => self.fault(),
+            Event::Flap { left } => self.flap(left),
+            Event::DiskHeals { site } => self.disk_heals(site),
+            Event::Quiet => self.quiet(),
+        }
+    }
+
+    fn timer(&mut self, site: Site) {
+        match site {
+            Site::Source => {
+                let due = self.source.machine.as_ref().and_then(|m| m.poll_timeout());
+                if due.is_some_and(|at| at <= self.now) {
+                    self.source_input(|machine, now| machine.handle_timeout(now));
+                }
+            }
+            Site::Target => {
+                let due = self.target.machine.as_ref().and_then(|m| m.poll_timeout());
+                if due.is_some_and(|at| at <= self.now) {
+                    self.target_input(|machine, now| machine.handle_timeout(now));
+                }
+            }
+        }
+    }
+
+    fn grant(&mut self) {
+        let quiet = self.now >= self.plan.faults.quiet_at;
+        let when = if quiet {
+            flimcd_migrate::Switchover::WhenReady
+        } else {
+            self.plan.operator.switch
+        };
+        self.source_input(move |machine, now| machine.handle_switchover(now, when));
+        self.at(self.now + Duration::from_millis(400), Event::Grant);
+    }
+
+    fn cancel(&mut self, site: Site) {
+        self.trace(|| format!("the operator cancels at the {site}"));
+        match site {
+            Site::Source => {
+                self.cover("cancelled at the source");
+                self.source_input(|machine, now| machine.handle_cancel(now));
+            }
+            Site::Target => {
+                self.cover("cancelled at the target");
+                self.target_input(|machine, now| machine.handle_cancel(now));
+            }
+        }
+    }
+
+    fn agent_starts(&mut self, site: Site) {
+        if self.host(site).up {
+            return;
+        }
+        self.trace(|| format!("the agent at the {site} starts"));
+        match site {
+            Site::Source => self.source_starts(),
+            Site::Target => self.target_starts(),
+        }
+        self.connect_in(Duration::from_millis(20));
+        if self.guest.at == site {
+            self.guest_connects_soon();
+        }
+    }
+
+    // ---- the link
+
+    /// Hands a message to the link, as bytes.
+    pub(crate) fn transmit(&mut self, from: Site, class: Class, message: Message) {
+        self.trace(|| format!("{from} sends {}", brief(&message)));
+        let encoded = encode(&Body::Frame(Frame {
+            migration: MigrationId(1),
+            class,
+            message,
+        }));
+        let parcel = Parcel {
+            head: encoded.head,
+            payload: encoded.payload,
+        };
+        if self.net.send(from, class, parcel) {
+            let generation = self.net.generation;
+            self.at(self.now, Event::Depart { from, generation });
+        }
+    }
+
+    fn depart(&mut self, from: Site, generation: u64) {
+        if generation != self.net.generation || !self.net.connected {
+            return;
+        }
+        if let Some(departure) = self.net.depart(from, self.now, &mut self.dice) {
+            self.at(
+                departure.arrival,
+                Event::Arrive {
+                    from,
+                    lane: departure.lane,
+                    generation,
+                },
+            );
+            self.at(departure.free, Event::Depart { from, generation });
+        }
+        match from {
+            Site::Source => self.source_transmits(),
+            Site::Target => self.target_transmits(),
+        }
+    }
+
+    fn arrive(&mut self, from: Site, lane: usize, generation: u64) {
+        if generation != self.net.generation {
+            return;
+        }
+        if let Some(until) = self.net.stalled_until(from, self.now) {
+            return self.at(
+                until,
+                Event::Arrive {
+                    from,
+                    lane,
+                    generation,
+                },
+            );
+        }
+        let Some(parcel) = self.net.arrive(from, lane, self.now) else {
+            return;
+        };
+        let message = match decode(&parcel) {
+            Ok(message) => message,
+            Err(error) => return self.fail(error),
+        };
+        self.trace(|| format!("{} gets {}", from.other(), brief(&message)));
+        match from {
+            Site::Source => self.target_message(message),
+            Site::Target => {
+                self.source_input(|machine, now| machine.handle_message(now, message));
+            }
+        }
+    }
+
+    /// The agents try to connect after a while.
+    pub(crate) fn connect_in(&mut self, wait: Duration) {
+        if !self.connecting {
+            self.connecting = true;
+            self.at(self.now + wait, Event::Connect);
+        }
+    }
+
+    fn connect(&mut self) {
+        self.connecting = false;
+        if self.net.connected || self.hosts.iter().any(|host| !host.up) {
+            return;
+        }
+        let stalled = Site::BOTH
+            .into_iter()
+            .filter_map(|site| self.net.stalled_until(site, self.now))
+            .max();
+        if let Some(until) = stalled {
+            return self.connect_in(until.since(self.now) + Duration::from_millis(5));
+        }
+        if self.net.up != [false; 2] {
+            return self.connect_in(Duration::from_millis(30));
+        }
+        let up_at = Site::BOTH.map(|_| self.now + self.dice.micros(0, 30_000));
+        self.net.connect(up_at);
+        let generation = self.net.generation;
+        for site in Site::BOTH {
+            self.at(up_at[site.index()], Event::LinkUp { site, generation });
+        }
+    }
+
+    fn link_up(&mut self, site: Site, generation: u64) {
+        if generation != self.net.generation || !self.net.connected || !self.host(site).up {
+            return;
+        }
+        self.trace(|| format!("link up at the {site}, connection {generation}"));
+        self.net.up[site.index()] = true;
+        match site {
+            Site::Source => self.source_input(|machine, now| machine.handle_link_up(now)),
+            Site::Target => self.target_input(|machine, now| machine.handle_link_up(now)),
+        }
+    }
+
+    fn link_down(&mut self, site: Site, generation: u64) {
+        if generation != self.net.generation || !self.net.up[site.index()] {
+            return;
+        }
+        self.trace(|| format!("link down at the {site}"));
+        self.net.up[site.index()] = false;
+        match site {
+            Site::Source => self.source_input(|machine, now| machine.handle_link_down(now)),
+            Site::Target => self.target_input(|machine, now| machine.handle_link_down(now)),
+        }
+    }
+
+    /// The connection breaks; the sites notice at different times.
+    pub(crate) fn break_link(&mut self) {
+        if !self.net.connected {
+            return;
+        }
+        let down_at = Site::BOTH.map(|_| self.now + self.dice.micros(0, 200_000));
+        let cut = down_at.map(|at| if self.dice.coin() { self.now } else { at });
+        self.trace(|| "the link breaks".to_owned());
+        self.net.disconnect(cut);
+        let generation = self.net.generation;
+        for site in Site::BOTH {
+            self.at(down_at[site.index()], Event::LinkDown { site, generation });
+        }
+        let wait = down_at[0].max(down_at[1]).since(self.now) + self.dice.micros(1_000, 300_000);
+        self.connect_in(wait);
+    }
+}
+
+fn decode(parcel: &Parcel) -> Result<Message, String> {
+    let mut decoder = FrameDecoder::new();
+    decoder.buffer().extend_from_slice(&parcel.head);
+    decoder.buffer().extend_from_slice(&parcel.payload);
+    match decoder.poll() {
+        Ok(Some(Body::Frame(frame))) => Ok(frame.message),
+        other => Err(format!("a frame does not decode: {other:?}")),
+    }
+}
+
+fn brief(message: &Message) -> String {
+    match message {
+        Message::Blocks(blocks) => {
+            let ranges: Vec<_> = blocks.ranges().collect();
+            format!("Blocks {:?} {ranges:?}", blocks.seq)
+        }
+        other => format!("{other:?}"),
+    }
+}
