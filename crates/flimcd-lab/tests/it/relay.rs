@@ -260,18 +260,18 @@ fn a_light_connection_waits_for_the_queue_and_no_longer() {
     while relay.counters().a_to_b.queue_bytes_max < 90_000 {
         thread::yield_now();
     }
-    // What the bulk sends while one byte goes there and back is the time that took, in bytes: a
-    // round trip (200 kB) and two full queues (200 kB) at the link's rate. Between two
-    // connections the turns are equal, so anything without an upper bound is far beyond.
-    let mut most = 0;
+    // What the bulk sends while one byte goes there and back: a round trip (200 kB) and two full
+    // queues (200 kB) at the link's rate. The machine may make any of them take longer, but not
+    // each, unless the byte stands behind more than the queue.
+    let mut least = u64::MAX;
     for _ in 0..20 {
         let before = sent();
         let mut byte = [5];
         light.write_all(&byte).unwrap();
         light.read_exact(&mut byte).unwrap();
-        most = most.max(sent() - before);
+        least = least.min(sent() - before);
     }
-    assert!(most < 1_600_000, "{most} bytes of bulk went by");
+    assert!(least < 600_000, "{least} bytes of bulk went by");
     relay.cut(Cut::Reset);
     writer.join().unwrap();
     reader.join().unwrap();
