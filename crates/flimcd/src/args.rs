@@ -342,6 +342,13 @@ pub(crate) struct SimArgs {
     /// Threads to run on; all processors if left out
     #[arg(long, value_name = "N")]
     pub(crate) jobs: Option<usize>,
+    /// Leave out all faults
+    #[arg(long)]
+    pub(crate) no_faults: bool,
+    /// Break a rule of the volume on purpose: every name of one is printed for a wrong one
+    #[cfg(feature = "mutations")]
+    #[arg(long, value_name = "RULE", value_parser = crate::commands::sim::parse_mutation)]
+    pub(crate) mutation: Option<flimcd_sim::Mutation>,
 }
 
 #[derive(Debug, Args)]
@@ -384,9 +391,26 @@ Examples:\n  flimcd bench nbd\n  flimcd bench nbd --dir /var/tmp --size 4GiB --j
         /// Seconds of each measurement
         #[arg(long, default_value_t = 5)]
         seconds: u64,
+        /// Measurements of each server and load
+        #[arg(long, default_value_t = 3)]
+        rounds: u32,
+        /// Only loads whose name contains this
+        #[arg(long, value_name = "TEXT")]
+        only: Option<String>,
         /// Write the figures to a file
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
+    },
+    /// The server that `bench nbd` measures, in a process of its own
+    #[command(
+        hide = true,
+        after_help = "Examples:\n  flimcd bench nbd-serve IMAGE SOCKET"
+    )]
+    NbdServe {
+        /// The image
+        image: PathBuf,
+        /// Where to listen, until standard input ends
+        socket: PathBuf,
     },
 }
 

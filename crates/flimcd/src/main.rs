@@ -15,6 +15,7 @@ mod demo;
 mod format;
 mod outcome;
 mod progress;
+mod signals;
 mod units;
 
 use std::process::ExitCode;
@@ -44,7 +45,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Switchover(args) => commands::block_on(commands::migrate::switchover(&args)),
         Command::Cancel(args) => commands::block_on(commands::migrate::cancel(&args)),
         Command::Status(args) => commands::block_on(commands::status::run(&args)),
-        Command::Sim(args) => commands::sim::run(&args),
+        Command::Sim(args) => commands::sim::run_seeds(&args),
         Command::Bench(args) => commands::bench::run(&args),
         Command::Completions(args) => commands::completions(&args),
     }

@@ -21,11 +21,11 @@ use std::{path::Path, pin::pin, process::ExitCode, time::Duration};
 
 use anyhow::Context as _;
 use flimcd_lab::report::{DemoReport, LinkReport, LowerBound};
-use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::{
     format,
     outcome::{advise, interrupted},
+    signals::Signals,
 };
 use args::DemoArgs;
 use guest::GuestPlan;
@@ -188,31 +188,4 @@ async fn blocking<T: Send + 'static>(
     tokio::task::spawn_blocking(work)
         .await
         .context("a thread of the demo panicked")?
-}
-
-/// What ends the demo early.
-struct Signals {
-    interrupt: Signal,
-    terminate: Signal,
-    hangup: Signal,
-}
-
-impl Signals {
-    /// Needs a runtime around it.
-    fn new() -> anyhow::Result<Self> {
-        let watch = |kind| signal(kind).context("signals cannot be watched");
-        Ok(Self {
-            interrupt: watch(SignalKind::interrupt())?,
-            terminate: watch(SignalKind::terminate())?,
-            hangup: watch(SignalKind::hangup())?,
-        })
-    }
-
-    async fn recv(&mut self) -> &'static str {
-        tokio::select! {
-            _ = self.interrupt.recv() => "interrupted",
-            _ = self.terminate.recv() => "terminated",
-            _ = self.hangup.recv() => "hung up",
-        }
-    }
 }
