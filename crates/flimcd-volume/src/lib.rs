@@ -3,7 +3,11 @@
 pub mod device;
 pub mod port;
 pub mod rules;
+pub mod state;
 mod volume;
 
 pub use port::{GuestError, GuestPort, GuestReply, GuestRequest, RequestKind};
-pub use volume::{Applied, ApplyData, Volume, VolumeObserver};
+pub use state::{Ownership, StateError, VolumeRecord, VolumesDir};
+pub use volume::{
+    Applied, ApplyData, NewVolume, Sending, Volume, VolumeError, VolumeObserver,
+};

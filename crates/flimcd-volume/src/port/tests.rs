@@ -191,7 +191,7 @@ fn a_read_waits_for_its_block_and_a_write_brings_its_own() {
             .result
             .is_ok()
     );
-    lab.volume.finish_postcopy();
+    lab.volume.finish_postcopy().unwrap();
     assert_eq!(lab.volume.mode(), Mode::Owner);
     drop((port, other));
     assert_eq!(counts.gone.load(Ordering::SeqCst), 1);
@@ -298,7 +298,7 @@ fn dropping_a_port_forgets_what_waits_and_ends_what_was_decided() {
     lab.volume
         .apply(BlockRange::new(0, 4), ApplyData::Zeroes)
         .unwrap();
-    lab.volume.finish_postcopy();
+    lab.volume.finish_postcopy().unwrap();
 }
 
 #[test]

@@ -549,6 +549,36 @@ impl Rules {
         self.tracking.as_ref().is_some_and(|t| t.is_dirty(range))
     }
 
+    /// A copy of the marks.
+    #[must_use]
+    pub fn dirty(&self) -> BlockSet {
+        match &self.tracking {
+            Some(tracking) => tracking.dirty().clone(),
+            None => BlockSet::new(self.size.blocks()),
+        }
+    }
+
+    /// Appends the runs of `range` that are neither marked nor have a write in flight.
+    pub fn clean_runs(&self, range: BlockRange, out: &mut Vec<BlockRange>) {
+        let range = range.intersect(self.size.all_blocks());
+        let mut busy: Vec<BlockRange> = self.ops.writes_in_flight().collect();
+        if let Some(tracking) = &self.tracking {
+            busy.extend(tracking.dirty().runs_in(range));
+        }
+        busy.retain(|run| run.overlaps(range));
+        busy.sort_unstable();
+        let mut at = range.start;
+        for run in busy {
+            if at < run.start {
+                out.push(BlockRange::new(at, run.start));
+            }
+            at = at.max(run.end);
+        }
+        if at < range.end {
+            out.push(BlockRange::new(at, range.end));
+        }
+    }
+
     /// Whether a write to a block of `range` is in flight.
     #[must_use]
     pub fn is_writing(&self, range: BlockRange) -> bool {

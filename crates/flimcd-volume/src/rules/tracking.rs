@@ -24,6 +24,10 @@ impl Tracking {
         self.dirty.intersects(blocks)
     }
 
+    pub(super) fn dirty(&self) -> &BlockSet {
+        &self.dirty
+    }
+
     /// Clears all marks and returns them.
     pub(super) fn take(&mut self) -> BlockSet {
         let empty = BlockSet::new(self.dirty.capacity());

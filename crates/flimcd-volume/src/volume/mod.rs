@@ -5,6 +5,8 @@
 //! migration tells the volume what to do, and hears through a [`VolumeObserver`] when to look.
 
 mod core;
+mod error;
+mod lifecycle;
 mod source;
 mod target;
 
@@ -21,6 +23,9 @@ use flimcd_core::{ByteRange, VolumeName, VolumeSize};
 pub(crate) use self::core::SharedCore;
 pub use self::{
     core::VolumeObserver,
+    error::VolumeError,
+    lifecycle::NewVolume,
+    source::Sending,
     target::{Applied, ApplyData},
 };
 use crate::{
@@ -36,6 +41,9 @@ pub struct Volume {
     core: SharedCore,
     ports: AtomicUsize,
     syncs: target::SyncHealth,
+    /// How the device does its I/O, for people.
+    backend: String,
+    durable: Option<lifecycle::Durable>,
 }
 
 impl Volume {
@@ -50,6 +58,8 @@ impl Volume {
             core: SharedCore::new(rules),
             ports: AtomicUsize::new(0),
             syncs: target::SyncHealth::default(),
+            backend: "ephemeral".into(),
+            durable: None,
         })
     }
 
@@ -81,6 +91,12 @@ impl Volume {
     #[must_use]
     pub fn memory_bytes(&self) -> usize {
         self.core.lock().rules.memory_bytes()
+    }
+
+    /// How the image is read and written, for people: direct or through the page cache, by which calls.
+    #[must_use]
+    pub fn backend(&self) -> &str {
+        &self.backend
     }
 
     /// A guest connection's access.

@@ -1,31 +1,231 @@
-//! The volume at the source: what changed, and the way to the switch.
+//! The volume at the source: what changed, what the target may lack, and the way to the switch.
 
-use std::io;
+use std::{
+    io,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use flimcd_core::{BlockRange, BlockSet, ByteRange};
 
 use super::Volume;
+use crate::state::BitmapFile;
+
+/// The durable record of what the target may lack, if one is kept.
+///
+/// Its mutex is taken before the core's. A bit is cleared only under both, after a look at the rules: a write that begins
+/// later waits here before it is submitted, and sets the bit again.
+#[derive(Debug)]
+pub(super) struct Unacked {
+    file: Mutex<Option<BitmapFile>>,
+}
+
+impl Unacked {
+    pub(super) fn new(file: Option<BitmapFile>) -> Self {
+        Self {
+            file: Mutex::new(file),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<BitmapFile>> {
+        self.file.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Blocks whose dirty marks were cleared because they are about to be read.
+#[must_use]
+pub struct Sending {
+    volume: Arc<Volume>,
+    range: BlockRange,
+}
+
+impl Sending {
+    /// Reads the blocks. `buf` takes their bytes; what lies beyond the end of the volume is left alone.
+    ///
+    /// # Errors
+    /// What the device reports.
+    ///
+    /// # Panics
+    /// When `buf` is smaller than the blocks.
+    pub fn read(self, buf: &mut [u8]) -> io::Result<()> {
+        self.volume.read_blocks(self.range, buf)
+    }
+}
 
 impl Volume {
-    /// Records durably that the target may lack what a write to `range`, newly marked dirty, is about to change.
-    pub(crate) fn note_dirty(&self, _range: ByteRange) -> io::Result<()> {
+    /// Starts a migration's bookkeeping: marks what the guest writes from now on, keeps a record of what the target may
+    /// lack that survives the agent's death, and returns the blocks that are not holes. The target is taken to have zeroes everywhere.
+    ///
+    /// # Errors
+    /// When the image or the state directory cannot be read or written. Nothing is marked then.
+    pub fn start_tracking_fresh(&self) -> io::Result<BlockSet> {
+        self.core.change(|core| core.rules.start_tracking());
+        let result = self.data_blocks().and_then(|data| {
+            self.keep_unacked(&data)?;
+            Ok(data)
+        });
+        if result.is_err() {
+            self.stop_tracking()?;
+        }
+        result
+    }
+
+    /// As [`start_tracking_fresh`](Self::start_tracking_fresh), for a migration that goes on: the target may lack `unacked`, or
+    /// anything if that is `None`.
+    ///
+    /// # Errors
+    /// When the state directory cannot be written. Nothing is marked then.
+    pub fn start_tracking(&self, unacked: Option<&BlockSet>) -> io::Result<()> {
+        self.core.change(|core| core.rules.start_tracking());
+        let all;
+        let unacked = match unacked {
+            Some(set) => set,
+            None => {
+                all = BlockSet::full(self.size().blocks());
+                &all
+            }
+        };
+        let result = self.keep_unacked(unacked);
+        if result.is_err() {
+            self.stop_tracking()?;
+        }
+        result
+    }
+
+    /// Writes the record of what the target may lack: `unacked` and what is marked.
+    fn keep_unacked(&self, unacked: &BlockSet) -> io::Result<()> {
+        let Some(durable) = &self.durable else {
+            return Ok(());
+        };
+        let mut file = durable.unacked.lock();
+        // A write that is marked after this look waits for the lock before it is submitted.
+        let mut set = unacked.clone();
+        set.union_with(&self.core.lock().rules.dirty());
+        *file = Some(durable.state().create_unacked(&set)?);
         Ok(())
     }
 
-    /// Starts to mark what the guest writes.
-    pub fn start_tracking(&self) {
-        self.core.change(|core| core.rules.start_tracking());
+    /// Stops marking, and forgets what the target may lack.
+    ///
+    /// # Errors
+    /// When the record of that cannot be removed.
+    pub fn stop_tracking(&self) -> io::Result<()> {
+        self.drop_unacked()?;
+        self.core.change(|core| core.rules.stop_tracking());
+        Ok(())
     }
 
-    /// Stops marking and drops the marks.
-    pub fn stop_tracking(&self) {
-        self.core.change(|core| core.rules.stop_tracking());
+    pub(super) fn drop_unacked(&self) -> io::Result<()> {
+        let Some(durable) = &self.durable else {
+            return Ok(());
+        };
+        let mut file = durable.unacked.lock();
+        durable.state().remove_unacked()?;
+        *file = None;
+        Ok(())
+    }
+
+    /// The blocks that are not holes.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn data_blocks(&self) -> io::Result<BlockSet> {
+        const EXTENTS: usize = 4096;
+        let size = self.size();
+        let mut data = BlockSet::new(size.blocks());
+        let mut at = 0;
+        while at < size.bytes() {
+            let rest = ByteRange::new(at, size.bytes());
+            let extents = self.device.data_extents(rest, EXTENTS)?;
+            for extent in &extents {
+                if !extent.is_hole {
+                    data.insert_range(extent.range.blocks_touched());
+                }
+                at = extent.range.end;
+            }
+            if extents.is_empty() {
+                break;
+            }
+        }
+        Ok(data)
+    }
+
+    /// Records durably that the target may lack what a write to `range`, newly marked dirty, is about to change.
+    ///
+    /// If that cannot be written the record is removed as a whole, which a restart takes for "anything", so that a
+    /// full state directory never fails a guest. Only when even that is refused the write must not happen.
+    pub(crate) fn note_dirty(&self, range: ByteRange) -> io::Result<()> {
+        let Some(durable) = &self.durable else {
+            return Ok(());
+        };
+        let mut file = durable.unacked.lock();
+        let Some(bitmap) = &*file else { return Ok(()) };
+        if let Err(error) = bitmap.set(range.blocks_touched()) {
+            tracing::warn!(
+                volume = %self.name, %error,
+                "cannot record what the target may lack: after a restart everything counts as such"
+            );
+            durable.state().remove_unacked()?;
+            *file = None;
+        }
+        Ok(())
+    }
+
+    /// The target durably has these blocks: they are taken out of the record, except what is marked again or has a
+    /// write in flight.
+    ///
+    /// # Errors
+    /// When the record cannot be written. It then says more than is true, which costs time after a restart and nothing else.
+    pub fn mark_clean(&self, ranges: &[BlockRange]) -> io::Result<()> {
+        let Some(durable) = &self.durable else {
+            return Ok(());
+        };
+        let file = durable.unacked.lock();
+        let Some(bitmap) = &*file else { return Ok(()) };
+        let clean = {
+            let core = self.core.lock();
+            let mut clean = Vec::new();
+            for range in ranges {
+                core.rules.clean_runs(*range, &mut clean);
+            }
+            clean
+        };
+        for run in clean {
+            bitmap.clear(run)?;
+        }
+        Ok(())
+    }
+
+    /// What the target may lack, as the record of an earlier process of this boot has it; `None` when there is none, and the
+    /// target may lack anything.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn unacked(&self) -> io::Result<Option<BlockSet>> {
+        let Some(durable) = &self.durable else {
+            return Ok(None);
+        };
+        let file = durable.unacked.lock();
+        let set = file.as_ref().map(BitmapFile::load).transpose()?;
+        Ok(set)
     }
 
     /// Hands over the blocks that the guest wrote since the last call, as [`Rules::take_dirty`](crate::rules::Rules::take_dirty).
     #[must_use]
     pub fn take_dirty(&self) -> BlockSet {
         self.core.lock().rules.take_dirty()
+    }
+
+    /// Clears the dirty marks of `range`, which is to be read and sent. The read may come later: what the guest writes from
+    /// now on is marked.
+    pub fn begin_send(self: &Arc<Self>, range: BlockRange) -> Sending {
+        self.core.lock().rules.begin_send(range);
+        Sending {
+            volume: self.clone(),
+            range,
+        }
     }
 
     /// Reads `range` to be sent. A block that the guest writes meanwhile is dirty afterwards. `buf` takes the blocks' bytes;
@@ -38,6 +238,10 @@ impl Volume {
     /// When `buf` is smaller than the range.
     pub fn read_for_send(&self, range: BlockRange, buf: &mut [u8]) -> io::Result<()> {
         self.core.lock().rules.begin_send(range);
+        self.read_blocks(range, buf)
+    }
+
+    fn read_blocks(&self, range: BlockRange, buf: &mut [u8]) -> io::Result<()> {
         let bytes = range.bytes(self.size());
         let length = usize::try_from(bytes.len()).map_err(io::Error::other)?;
         let result = self.device.read_at(bytes.start, &mut buf[..length]);

@@ -8,7 +8,10 @@ use std::{
 use flimcd_core::{BlockRange, BlockSet};
 
 use super::Volume;
-use crate::rules::{ApplyPlan, FlushPlan, FlushStep, Outcome};
+use crate::{
+    rules::{ApplyPlan, FlushPlan, FlushStep, Outcome},
+    state::{BitmapFile, Ownership},
+};
 
 /// Content that arrived.
 #[derive(Clone, Copy, Debug)]
@@ -127,20 +130,78 @@ impl Volume {
         result
     }
 
-    fn write_presence(&self, _set: &BlockSet) -> io::Result<()> {
+    fn write_presence(&self, present: &BlockSet) -> io::Result<()> {
+        let Some(durable) = &self.durable else {
+            return Ok(());
+        };
+        // The lock keeps two flushes from changing the bits of one byte at the same time.
+        let missing = durable.missing();
+        if let Some(bitmap) = &*missing {
+            for run in present.runs() {
+                bitmap.clear(run)?;
+            }
+        }
         Ok(())
     }
 
     fn sync_presence(&self) -> io::Result<()> {
+        let Some(durable) = &self.durable else {
+            return Ok(());
+        };
+        // On a descriptor of its own, so that nobody waits for this sync to write presence.
+        let bitmap = durable.missing().as_ref().map(BitmapFile::try_clone);
+        if let Some(bitmap) = bitmap {
+            bitmap?.sync()?;
+        }
         Ok(())
     }
 
-    /// The switch: the guest runs here from now on, without the content of `missing`.
+    /// Takes the volume over: makes durable what arrived, then `missing`, then the record with `ownership`, which must be
+    /// [`Ownership::Arriving`]; then the guest runs here.
+    ///
+    /// # Errors
+    /// When the disk fails. The record does not say that this site owns the volume then.
+    ///
+    /// # Panics
+    /// As [`Rules::start_postcopy`](crate::rules::Rules::start_postcopy).
+    pub fn take_over(&self, missing: BlockSet, ownership: Ownership) -> io::Result<()> {
+        let Ownership::Arriving { epoch, .. } = ownership else {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "taking over is arriving",
+            ));
+        };
+        self.sync()?;
+        if let Some(durable) = &self.durable {
+            let bitmap = durable.state().create_missing(epoch, &missing)?;
+            *durable.missing() = Some(bitmap);
+        }
+        self.store_ownership(ownership)?;
+        self.start_postcopy(missing);
+        Ok(())
+    }
+
+    /// The switch without a record, for volumes without durable state: the guest runs here from now on, without the
+    /// content of `missing`.
     ///
     /// # Panics
     /// As [`Rules::start_postcopy`](crate::rules::Rules::start_postcopy).
     pub fn start_postcopy(&self, missing: BlockSet) {
         self.core.change(|core| core.rules.start_postcopy(missing));
+    }
+
+    /// A volume that moved away comes back: makes the record say so, and parks guest requests until the switch.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    ///
+    /// # Panics
+    /// As [`Rules::enter_incoming`](crate::rules::Rules::enter_incoming).
+    pub fn enter_incoming(&self, ownership: Ownership) -> io::Result<()> {
+        self.set_ownership(ownership)?;
+        self.drop_unacked()?;
+        self.core.change(|core| core.rules.enter_incoming());
+        Ok(())
     }
 
     /// Blocks that a guest waits for, each once until [`requeue_faults`](Self::requeue_faults).
@@ -160,17 +221,52 @@ impl Volume {
         self.core.lock().rules.missing_count()
     }
 
+    /// The first missing blocks, at most `blocks_max` of them, whether a guest waits or not.
+    #[must_use]
+    pub fn first_missing(&self, blocks_max: u64) -> Vec<BlockRange> {
+        let core = self.core.lock();
+        let mut left = blocks_max;
+        let mut runs = Vec::new();
+        for mut run in core.rules.missing().runs() {
+            if left == 0 {
+                break;
+            }
+            run.end = run.end.min(run.start.saturating_add(left));
+            left -= run.len();
+            runs.push(run);
+        }
+        runs
+    }
+
     /// The blocks that guest writes made present since the last call.
     #[must_use]
     pub fn take_overwritten(&self) -> BlockSet {
         self.core.lock().rules.take_overwritten()
     }
 
-    /// Nothing is missing any more.
+    /// Nothing is missing any more, and the record says [`Ownership::Owner`]: the volume is an ordinary one.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::InvalidInput`] when the record says something else: a crash would bring the missing set back and with it old
+    /// content over what the guest wrote. Or when the missing set cannot be removed, which does no harm.
     ///
     /// # Panics
     /// As [`Rules::finish_postcopy`](crate::rules::Rules::finish_postcopy).
-    pub fn finish_postcopy(&self) {
+    pub fn finish_postcopy(&self) -> io::Result<()> {
+        if let Some(durable) = &self.durable {
+            let ownership = durable.state().record().ownership.clone();
+            if !matches!(ownership, Ownership::Owner { .. }) {
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidInput,
+                    "the record does not say that this site owns the whole volume",
+                ));
+            }
+        }
         self.core.change(|core| core.rules.finish_postcopy());
+        if let Some(durable) = &self.durable {
+            *durable.missing() = None;
+            durable.state().remove_missing()?;
+        }
+        Ok(())
     }
 }

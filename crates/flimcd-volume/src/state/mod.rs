@@ -1,0 +1,68 @@
+//! What a volume remembers across crashes: a directory per volume with small plain files.
+//!
+//! ```text
+//! STATE_DIR/volumes/
+//!   NAME/           one volume
+//!     lock          locked (flock) while an agent has the volume open
+//!     record        who owns the volume, where its image is: replaced atomically
+//!     missing       target in post-copy: which blocks are not here; changed in place
+//!     unacked       source of a migration: which blocks the target may lack; changed in place
+//!   .new-NAME/      a volume being made: removed at the next start
+//!   .delete-NAME/   a volume being removed with its image: finished at the next start
+//!   .forget-NAME/   a volume being removed without its image: finished at the next start
+//! ```
+//! # Why not a database
+//! Three things are stored, with three different needs. The record is a few hundred bytes that change a few times per
+//! migration and must never be lost: an atomic rename is all it takes. `missing` is up to 32 MiB per TiB, where each flush of the guest
+//! clears a few bits and waits for them: in place that is one sector, a log or a tree would write more and need
+//! compaction. `unacked` changes with the guest's writes and must not cost a sync each: the page cache
+//! is enough, since it only has to survive the death of the agent, not of the machine.
+//!
+//! # What a crash can do
+//! Assumed of the medium: a sector reads back as it was written last or, when power fails during a write, as before or
+//! after; a file's content is durable after `fsync` of the file, its name after `fsync` of the directory; `rename` is atomic.
+//! - `record`: written beside, synced, renamed over, directory synced. At every moment the name leads to the old
+//!   or the new record as a whole. A damaged one is found by its checksum and never guessed at.
+//! - `missing`: bits only go from missing (1) to present (0), and only after the block's data is durable. So any mix of old and new
+//!   sectors is a true state: a block may be called missing that is present, and is then fetched again, which is harmless
+//!   because it was not flushed; never the other way round. The file is complete and durable before the record says that it counts.
+//! - `unacked`: bits are set before the guest's write is submitted. When the agent dies, the kernel still
+//!   has every byte that was handed to it. When the machine dies, the file may be older than the image: the header has
+//!   the boot's id, and a file of another boot is thrown away. Everything counts as unacknowledged then.
+//!
+//! # Byte table of `record` (integers are little-endian)
+//! | offset | bytes | what |
+//! | --- | --- | --- |
+//! | 0 | 8 | `FLIMVOL\0` |
+//! | 8 | 4 | version of the format, 1 |
+//! | 12 | 4 | length of the payload |
+//! | 16 | 4 | CRC-32C of bytes 0 to 16 and the payload |
+//! | 20 | length | payload: JSON of [`VolumeRecord`] |
+//!
+//! # Byte table of `missing` and `unacked`
+//! | offset | bytes | what |
+//! | --- | --- | --- |
+//! | 0 | 8 | `FLIMBITS` |
+//! | 8 | 4 | version of the format, 1 |
+//! | 12 | 4 | 1 missing, 2 unacked |
+//! | 16 | 16 | id of the volume |
+//! | 32 | 8 | size of the volume in bytes |
+//! | 40 | 8 | `missing`: the epoch it belongs to; `unacked`: 0 |
+//! | 48 | 36 | `unacked`: the boot's id as text; `missing`: zero |
+//! | 84 | 4 | CRC-32C of bytes 0 to 84 |
+//! | 88 | 4008 | zero |
+//! | 4096 | ⌈blocks/8⌉ | block b is bit b mod 8, from the lowest, of byte b div 8 |
+//!
+//! # Who owns what
+//! One agent per directory, by its lock; the agent locks the whole `STATE_DIR` besides. Everything here blocks for the disk.
+
+mod bitmap;
+mod dir;
+mod error;
+mod record;
+mod replace;
+
+pub use bitmap::{BitmapFile, BitmapKind};
+pub use dir::{StateDir, VolumesDir};
+pub use error::StateError;
+pub use record::{Ownership, VolumeRecord};

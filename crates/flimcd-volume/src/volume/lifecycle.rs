@@ -1,0 +1,355 @@
+//! Making, opening and removing volumes, and the record of who owns them.
+
+use std::{
+    fs::{self, File, OpenOptions as FileOptions},
+    io::{self, Read},
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicUsize},
+};
+
+use flimcd_core::{Epoch, MigrationId, VolumeId, VolumeName, VolumeSize};
+
+use super::{SharedCore, Volume, VolumeError, source::Unacked, target::SyncHealth};
+use crate::{
+    device::{BlockDevice, FileDevice, OpenOptions},
+    rules::{Mode, Rules},
+    state::{BitmapFile, Ownership, StateDir, VolumeRecord, VolumesDir},
+};
+
+/// A volume to be made.
+#[derive(Clone, Debug)]
+pub struct NewVolume {
+    /// Its identity: random for a new one, the source's for one that arrives.
+    pub id: VolumeId,
+    /// Its name.
+    pub name: VolumeName,
+    /// Whose it is.
+    pub tenant: String,
+    /// Where the image is, or will be. Made absolute.
+    pub image: PathBuf,
+    /// The highest epoch known.
+    pub epoch: Epoch,
+    /// Who owns it.
+    pub ownership: Ownership,
+}
+
+/// The files of a volume that has durable state.
+pub(super) struct Durable {
+    state: Mutex<StateDir>,
+    pub(super) missing: Mutex<Option<BitmapFile>>,
+    pub(super) unacked: Unacked,
+}
+
+impl Durable {
+    pub(super) fn state(&self) -> MutexGuard<'_, StateDir> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn missing(&self) -> MutexGuard<'_, Option<BitmapFile>> {
+        self.missing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Volume {
+    /// Makes a volume with a new, sparse image of `size` bytes, all zero.
+    ///
+    /// # Errors
+    /// When the image or the volume exists, or cannot be made. What was made until then is removed.
+    pub fn create(
+        dir: &VolumesDir,
+        new: NewVolume,
+        size: VolumeSize,
+        options: &OpenOptions,
+    ) -> Result<Arc<Self>, VolumeError> {
+        if dir.contains(&new.name) {
+            return Err(crate::state::StateError::Exists(new.name).into());
+        }
+        let path = absolute(&new.image)?;
+        let failed = |source| VolumeError::ImageCreate {
+            path: path.clone(),
+            size,
+            source,
+        };
+        let file = FileOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(|error| match error.kind() {
+                io::ErrorKind::AlreadyExists => VolumeError::ImageExists(path.clone()),
+                _ => failed(error),
+            })?;
+        let made = file
+            .set_len(size.bytes())
+            .and_then(|()| file.sync_all())
+            .and_then(|()| sync_parent(&path))
+            .map_err(failed)
+            .and_then(|()| Self::adopt(dir, new, path.clone(), false, options));
+        if made.is_err() {
+            // Ours, since it was made with `create_new` just above.
+            let _ = fs::remove_file(&path);
+        }
+        made
+    }
+
+    /// Makes a volume of an image that exists, which is not changed.
+    ///
+    /// # Errors
+    /// When the path leads to no image, to one that is not raw or that something else uses, or when the volume exists.
+    pub fn import(
+        dir: &VolumesDir,
+        new: NewVolume,
+        options: &OpenOptions,
+    ) -> Result<Arc<Self>, VolumeError> {
+        if dir.contains(&new.name) {
+            return Err(crate::state::StateError::Exists(new.name).into());
+        }
+        let failed = |source| VolumeError::ImagePath {
+            path: new.image.clone(),
+            source,
+        };
+        let path = fs::canonicalize(&new.image).map_err(failed)?;
+        if let Some(format) = fs::metadata(&path)
+            .and_then(|found| {
+                if found.is_file() {
+                    format_of(&path)
+                } else {
+                    Ok(None)
+                }
+            })
+            .map_err(failed)?
+        {
+            return Err(VolumeError::NotRaw { path, format });
+        }
+        Self::adopt(dir, new, path, true, options)
+    }
+
+    fn adopt(
+        dir: &VolumesDir,
+        new: NewVolume,
+        image: PathBuf,
+        imported: bool,
+        options: &OpenOptions,
+    ) -> Result<Arc<Self>, VolumeError> {
+        let device = FileDevice::open(&image, options)?;
+        let record = VolumeRecord {
+            id: new.id,
+            name: new.name,
+            tenant: new.tenant,
+            size: device.size(),
+            epoch: new
+                .ownership
+                .epoch()
+                .map_or(new.epoch, |e| e.max(new.epoch)),
+            last_migration: new.ownership.migration(),
+            ownership: new.ownership,
+            image,
+            imported,
+        };
+        let state = dir.create(record)?;
+        let backend = device.backend().to_string();
+        Self::assemble(state, Arc::new(device), backend)
+    }
+
+    /// Opens a volume, as its record says: an owner serves, a prepared one is frozen, and so on. Where a migration had begun,
+    /// guest writes are marked from the first one on.
+    ///
+    /// # Errors
+    /// When the volume or its image is not there, damaged, in use, or changed.
+    pub fn open(
+        dir: &VolumesDir,
+        name: &VolumeName,
+        options: &OpenOptions,
+    ) -> Result<Arc<Self>, VolumeError> {
+        let state = dir.open_volume(name)?;
+        let device = FileDevice::open(&state.record().image, options)?;
+        let backend = device.backend().to_string();
+        Self::open_on(state, Arc::new(device), backend)
+    }
+
+    /// As [`open`](Self::open), on a device that the caller made, for instance one that fails on purpose. `backend` names it.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_on(
+        state: StateDir,
+        device: Arc<dyn BlockDevice>,
+        backend: String,
+    ) -> Result<Arc<Self>, VolumeError> {
+        let record = state.record();
+        if record.size != device.size() {
+            return Err(VolumeError::SizeChanged {
+                name: record.name.clone(),
+                path: record.image.clone(),
+                recorded: record.size,
+                found: device.size(),
+            });
+        }
+        Self::assemble(state, device, backend)
+    }
+
+    fn assemble(
+        state: StateDir,
+        device: Arc<dyn BlockDevice>,
+        backend: String,
+    ) -> Result<Arc<Self>, VolumeError> {
+        let record = state.record();
+        let (mut rules, mut missing) = (Rules::new(record.size, mode_of(&record.ownership)), None);
+        if let Ownership::Arriving { epoch, .. } = record.ownership {
+            let file = state.open_missing(epoch)?;
+            rules.start_postcopy(file.load()?);
+            missing = Some(file);
+        }
+        let unacked = match record.ownership {
+            Ownership::Owner { .. } | Ownership::Prepared { .. } => {
+                let unacked = state.open_unacked()?;
+                if unacked.is_some() {
+                    rules.start_tracking();
+                }
+                unacked
+            }
+            Ownership::Released {
+                complete: false, ..
+            } => state.open_unacked()?,
+            _ => None,
+        };
+        let name = record.name.clone();
+        let durable = Durable {
+            state: Mutex::new(state),
+            missing: Mutex::new(missing),
+            unacked: Unacked::new(unacked),
+        };
+        Ok(Arc::new(Self {
+            name,
+            backend,
+            device,
+            core: SharedCore::new(rules),
+            ports: AtomicUsize::new(0),
+            syncs: SyncHealth::default(),
+            durable: Some(durable),
+        }))
+    }
+
+    /// Removes the volume, and its image if asked. The caller sees to it that nobody uses the volume any more.
+    ///
+    /// # Errors
+    /// [`VolumeError::InUse`] while guests are connected, or what the system says.
+    pub fn remove(&self, dir: &VolumesDir, with_image: bool) -> Result<(), VolumeError> {
+        let connections = self.connections();
+        if connections > 0 {
+            return Err(VolumeError::InUse {
+                name: self.name.clone(),
+                connections,
+            });
+        }
+        let durable = self.durable.as_ref();
+        let durable = durable.ok_or_else(|| VolumeError::Ephemeral(self.name.clone()))?;
+        Ok(dir.remove(&durable.state(), with_image)?)
+    }
+
+    /// What is durably known of the volume; `None` for one without durable state.
+    #[must_use]
+    pub fn record(&self) -> Option<VolumeRecord> {
+        let durable = self.durable.as_ref()?;
+        Some(durable.state().record().clone())
+    }
+
+    /// The volume's identity; zero for a volume without durable state.
+    #[must_use]
+    pub fn id(&self) -> VolumeId {
+        self.record().map_or(VolumeId(0), |record| record.id)
+    }
+
+    /// Makes the record say who owns the volume, durably. Nothing else follows from it: see [`freeze`](Self::freeze),
+    /// [`release`](Self::release), [`take_over`](Self::take_over), [`finish_postcopy`](Self::finish_postcopy) for what the
+    /// guest notices.
+    ///
+    /// The image is made durable before the record says `Prepared` or `Released`, since the peer builds on content
+    /// that only this image has; and before it says `Owner` after `Arriving`, since nothing will be fetched again then.
+    ///
+    /// # Errors
+    /// When the disk fails: the record is as it was. [`io::ErrorKind::InvalidInput`] for `Owner` while blocks are missing, and for
+    /// `Arriving`, which [`take_over`](Self::take_over) makes.
+    pub fn set_ownership(&self, ownership: Ownership) -> io::Result<()> {
+        match &ownership {
+            Ownership::Owner { .. } if self.missing_count() > 0 => {
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidInput,
+                    format!("{} blocks are still missing", self.missing_count()),
+                ));
+            }
+            Ownership::Arriving { .. } => {
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidInput,
+                    "the missing set has to be recorded with it",
+                ));
+            }
+            Ownership::Owner { .. } if self.mode() == Mode::PostCopy => self.sync()?,
+            Ownership::Prepared { .. } | Ownership::Released { .. } => self.sync()?,
+            Ownership::Owner { .. } | Ownership::Incoming { .. } => {}
+        }
+        let complete = matches!(ownership, Ownership::Released { complete: true, .. });
+        self.store_ownership(ownership)?;
+        if complete {
+            self.drop_unacked()?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn store_ownership(&self, ownership: Ownership) -> io::Result<()> {
+        let Some(durable) = &self.durable else {
+            return Ok(());
+        };
+        let mut state = durable.state();
+        let mut record = state.record().clone();
+        if record.ownership == ownership {
+            return Ok(());
+        }
+        let last: Option<MigrationId> = ownership.migration();
+        record.last_migration = last.or(record.last_migration);
+        record.epoch = ownership
+            .epoch()
+            .map_or(record.epoch, |e| e.max(record.epoch));
+        record.ownership = ownership;
+        Ok(state.store(record)?)
+    }
+}
+
+fn mode_of(ownership: &Ownership) -> Mode {
+    match ownership {
+        Ownership::Owner { .. } => Mode::Owner,
+        Ownership::Prepared { .. } => Mode::Frozen,
+        Ownership::Released { .. } => Mode::Released,
+        Ownership::Incoming { .. } | Ownership::Arriving { .. } => Mode::Incoming,
+    }
+}
+
+fn absolute(path: &Path) -> Result<PathBuf, VolumeError> {
+    std::path::absolute(path).map_err(|source| VolumeError::ImagePath {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+fn sync_parent(path: &Path) -> io::Result<()> {
+    match path.parent() {
+        Some(parent) => File::open(parent)?.sync_all(),
+        None => Ok(()),
+    }
+}
+
+/// The format of an image that is not raw, by its first bytes.
+fn format_of(path: &Path) -> io::Result<Option<&'static str>> {
+    const FORMATS: [(&[u8], &str); 5] = [
+        (b"QFI\xfb", "qcow"),
+        (b"KDMV", "VMDK"),
+        (b"vhdxfile", "VHDX"),
+        (b"conectix", "VHD"),
+        (b"<<< ", "VDI"),
+    ];
+    let mut head = Vec::new();
+    File::open(path)?.take(8).read_to_end(&mut head)?;
+    let found = FORMATS.iter().find(|(magic, _)| head.starts_with(magic));
+    Ok(found.map(|(_, name)| *name))
+}
