@@ -111,6 +111,9 @@ pub struct Peer {
 pub struct Limits {
     /// Ceiling on what is sent to one peer.
     pub bandwidth: Option<ByteRate>,
+    /// Whether volumes may arrive that would not fit if they were not sparse.
+    #[serde(default)]
+    pub overcommit: bool,
     /// Room that arriving volumes leave free; see [`Limits::reserve_bytes`].
     reserve: Option<ByteCount>,
 }

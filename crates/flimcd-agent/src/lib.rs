@@ -1,6 +1,34 @@
-//! The flimcd daemon: wires volumes, machines and links together.
+//! The flimcd daemon: the only crate that wires volumes, machines and links together.
+//!
+//! ```text
+//!        command line                                   other agents
+//!             │ HTTP, unix socket                            │ mutual TLS
+//!      ┌──────▼──────┐   ┌──────────────────────────┐   ┌────▼────┐
+//!      │ api::server │──►│ agent: registry, hosting │◄──│  links  │
+//!      └─────────────┘   └──────┬────────────┬──────┘   └────┬────┘
+//!                               │            │               │ inboxes
+//!   guests ── NBD ── Volume ◄───┴── migration: one driver task per migration
+//! ```
+//! - `hosting` owns the volumes and their exports, `registry` knows which migrations run,
+//!   `migration` drives them, `admission` decides what a peer may begin here.
+//! - Who owns a volume is in the volume's durable record; which migrations there are is in
+//!   `migration::store`. Everything else is made anew from these two when an agent starts, so stopping it
+//!   gently and killing it differ only in how long guests wait.
+//! - No lock is held across an await or while a disk works; no state is kept in two places.
 
+mod admission;
+mod agent;
 pub mod api;
 pub mod config;
+mod dirs;
+mod error;
+mod hosting;
+mod links;
+mod migration;
+mod ops;
+mod registry;
+mod tasks;
 
+pub use agent::{RunningAgent, run, start};
 pub use config::Config;
+pub use error::StartError;

@@ -1,7 +1,9 @@
 //! The agent's HTTP/JSON API over a unix socket: its types, and the client that the command line uses.
 
 pub mod client;
+pub(crate) mod server;
 pub mod types;
 
 pub use client::{Client, ClientError};
+pub use server::openapi_json;
 pub use types::*;

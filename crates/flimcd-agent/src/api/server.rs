@@ -1,0 +1,263 @@
+//! The HTTP server of the API: routes, and the OpenAPI document.
+//!
+//! Handlers only translate; what is asked for is done in [`crate::agent`]. Every error, including
+//! those of the HTTP layer itself, has an [`ErrorBody`].
+
+use axum::{
+    Json, Router,
+    body::Bytes,
+    extract::{Path, Query, State, rejection::QueryRejection},
+    http::StatusCode,
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use flimcd_core::{MigrationId, VolumeName};
+use serde::{Serialize, de::DeserializeOwned};
+use std::{str::FromStr, sync::Arc};
+use utoipa::OpenApi;
+
+use super::types::{
+    ApiCode, CreateVolume, ErrorBody, ExportInfo, ImportVolume, MigrateRequest, MigrationStatus,
+    RemoveQuery, RemovedVolume, Status, VolumeInfo,
+};
+use crate::agent::Agent;
+
+type App = State<Arc<Agent>>;
+type Answer<T> = Result<Json<T>, ErrorBody>;
+
+impl IntoResponse for ErrorBody {
+    fn into_response(self) -> Response {
+        let status = match self.code {
+            ApiCode::BadRequest | ApiCode::Image => StatusCode::BAD_REQUEST,
+            ApiCode::UnknownVolume
+            | ApiCode::UnknownMigration
+            | ApiCode::UnknownSite
+            | ApiCode::UnknownPath => StatusCode::NOT_FOUND,
+            ApiCode::NotAllowed => StatusCode::FORBIDDEN,
+            ApiCode::Exists | ApiCode::Busy | ApiCode::TooLate => StatusCode::CONFLICT,
+            ApiCode::Io => StatusCode::INTERNAL_SERVER_ERROR,
+            ApiCode::Stopping => StatusCode::SERVICE_UNAVAILABLE,
+        };
+        (status, Json(self)).into_response()
+    }
+}
+
+/// The document that describes the API, as JSON.
+///
+/// # Panics
+/// Never: the document is made of constants.
+#[must_use]
+pub fn openapi_json() -> String {
+    Document::openapi().to_pretty_json().expect("constants")
+}
+
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "flimcd agent",
+        description = "Control of one flimcd agent, over its unix socket RUNTIME_DIR/api.sock."
+    ),
+    paths(
+        status,
+        volumes,
+        create_volume,
+        import_volume,
+        volume,
+        remove_volume,
+        export,
+        migrate,
+        switchover,
+        cancel,
+        migrations,
+        migration
+    ),
+    components(schemas(ErrorBody))
+)]
+struct Document;
+
+pub(crate) fn router(agent: Arc<Agent>) -> Router {
+    Router::new()
+        .route("/openapi.json", get(document))
+        .route("/v1/status", get(status))
+        .route("/v1/volumes", get(volumes).post(create_volume))
+        .route("/v1/volumes/import", post(import_volume))
+        .route("/v1/volumes/{name}", get(volume).delete(remove_volume))
+        .route("/v1/volumes/{name}/export", post(export))
+        .route("/v1/volumes/{name}/migrate", post(migrate))
+        .route("/v1/volumes/{name}/switchover", post(switchover))
+        .route("/v1/volumes/{name}/cancel", post(cancel))
+        .route("/v1/migrations", get(migrations))
+        .route("/v1/migrations/{id}", get(migration))
+        .fallback(unknown_path)
+        .method_not_allowed_fallback(unknown_path)
+        .with_state(agent)
+}
+
+async fn unknown_path() -> ErrorBody {
+    ErrorBody {
+        code: ApiCode::UnknownPath,
+        message: "there is nothing at this path, or not with this method".to_owned(),
+        hint: Some("GET /openapi.json describes what there is".to_owned()),
+    }
+}
+
+async fn document() -> Response {
+    let kind = [("content-type", "application/json")];
+    (kind, openapi_json()).into_response()
+}
+
+fn bad_request(message: String) -> ErrorBody {
+    ErrorBody {
+        code: ApiCode::BadRequest,
+        message,
+        hint: None,
+    }
+}
+
+fn parse<T: FromStr<Err: std::fmt::Display>>(text: &str) -> Result<T, ErrorBody> {
+    text.parse()
+        .map_err(|error: T::Err| bad_request(error.to_string()))
+}
+
+fn body<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ErrorBody> {
+    serde_json::from_slice(bytes)
+        .map_err(|error| bad_request(format!("the request's body is not understood: {error}")))
+}
+
+fn answer<T: Serialize>(result: Result<T, ErrorBody>) -> Answer<T> {
+    result.map(Json)
+}
+
+/// The agent and everything it has at hand.
+#[utoipa::path(get, path = "/v1/status", responses((status = 200, body = Status)))]
+async fn status(State(agent): App) -> Answer<Status> {
+    answer(Ok(agent.status()))
+}
+
+/// All volumes.
+#[utoipa::path(get, path = "/v1/volumes", responses((status = 200, body = Vec<VolumeInfo>)))]
+async fn volumes(State(agent): App) -> Answer<Vec<VolumeInfo>> {
+    answer(Ok(agent.list_volumes()))
+}
+
+/// Makes an empty volume.
+#[utoipa::path(
+    post, path = "/v1/volumes", request_body = CreateVolume,
+    responses(
+        (status = 200, body = VolumeInfo), (status = 400, body = ErrorBody),
+        (status = 409, body = ErrorBody)
+    )
+)]
+async fn create_volume(State(agent): App, bytes: Bytes) -> Answer<VolumeInfo> {
+    answer(agent.create_volume(body::<CreateVolume>(&bytes)?).await)
+}
+
+/// Takes an image file under care, where it lies, without copying.
+#[utoipa::path(
+    post, path = "/v1/volumes/import", request_body = ImportVolume,
+    responses(
+        (status = 200, body = VolumeInfo), (status = 400, body = ErrorBody),
+        (status = 409, body = ErrorBody)
+    )
+)]
+async fn import_volume(State(agent): App, bytes: Bytes) -> Answer<VolumeInfo> {
+    answer(agent.import_volume(body::<ImportVolume>(&bytes)?).await)
+}
+
+/// One volume.
+#[utoipa::path(
+    get, path = "/v1/volumes/{name}", params(("name" = String, Path)),
+    responses((status = 200, body = VolumeInfo), (status = 404, body = ErrorBody))
+)]
+async fn volume(State(agent): App, Path(name): Path<String>) -> Answer<VolumeInfo> {
+    answer(agent.volume_info(&parse(&name)?))
+}
+
+/// Gives a volume up; its image stays unless asked otherwise.
+#[utoipa::path(
+    delete, path = "/v1/volumes/{name}",
+    params(("name" = String, Path), ("delete_image" = Option<bool>, Query)),
+    responses(
+        (status = 200, body = RemovedVolume), (status = 404, body = ErrorBody),
+        (status = 409, body = ErrorBody)
+    )
+)]
+async fn remove_volume(
+    State(agent): App,
+    Path(name): Path<String>,
+    query: Result<Query<RemoveQuery>, QueryRejection>,
+) -> Answer<RemovedVolume> {
+    let Query(query) = query.map_err(|error| bad_request(error.to_string()))?;
+    let name: VolumeName = parse(&name)?;
+    answer(agent.remove_volume(&name, query.delete_image).await)
+}
+
+/// Where a guest finds the volume.
+#[utoipa::path(
+    post, path = "/v1/volumes/{name}/export", params(("name" = String, Path)),
+    responses((status = 200, body = ExportInfo), (status = 404, body = ErrorBody))
+)]
+async fn export(State(agent): App, Path(name): Path<String>) -> Answer<ExportInfo> {
+    answer(agent.export(&parse(&name)?))
+}
+
+/// Begins a migration.
+#[utoipa::path(
+    post, path = "/v1/volumes/{name}/migrate", params(("name" = String, Path)),
+    request_body = MigrateRequest,
+    responses(
+        (status = 200, body = MigrationStatus), (status = 400, body = ErrorBody),
+        (status = 403, body = ErrorBody), (status = 404, body = ErrorBody),
+        (status = 409, body = ErrorBody)
+    )
+)]
+async fn migrate(
+    State(agent): App,
+    Path(name): Path<String>,
+    bytes: Bytes,
+) -> Answer<MigrationStatus> {
+    let request = body::<MigrateRequest>(&bytes)?;
+    answer(agent.migrate(&parse(&name)?, request).await)
+}
+
+/// Lets the volume's migration switch as soon as it is ready.
+#[utoipa::path(
+    post, path = "/v1/volumes/{name}/switchover", params(("name" = String, Path)),
+    responses(
+        (status = 200, body = MigrationStatus), (status = 404, body = ErrorBody),
+        (status = 409, body = ErrorBody)
+    )
+)]
+async fn switchover(State(agent): App, Path(name): Path<String>) -> Answer<MigrationStatus> {
+    answer(agent.switchover(&parse(&name)?).await)
+}
+
+/// Ends the volume's migration before the switch.
+#[utoipa::path(
+    post, path = "/v1/volumes/{name}/cancel", params(("name" = String, Path)),
+    responses(
+        (status = 200, body = MigrationStatus), (status = 404, body = ErrorBody),
+        (status = 409, body = ErrorBody)
+    )
+)]
+async fn cancel(State(agent): App, Path(name): Path<String>) -> Answer<MigrationStatus> {
+    answer(agent.cancel(&parse(&name)?).await)
+}
+
+/// All migrations that run or are remembered, oldest first.
+#[utoipa::path(
+    get, path = "/v1/migrations", responses((status = 200, body = Vec<MigrationStatus>))
+)]
+async fn migrations(State(agent): App) -> Answer<Vec<MigrationStatus>> {
+    answer(Ok(agent.migrations()))
+}
+
+/// One migration.
+#[utoipa::path(
+    get, path = "/v1/migrations/{id}", params(("id" = String, Path)),
+    responses((status = 200, body = MigrationStatus), (status = 404, body = ErrorBody))
+)]
+async fn migration(State(agent): App, Path(id): Path<String>) -> Answer<MigrationStatus> {
+    let id: MigrationId = parse(&id)?;
+    answer(agent.migration(id))
+}

@@ -1,0 +1,602 @@
+//! The volumes of an agent and the sockets on which guests find them.
+//!
+//! Every volume has its own NBD server as long as it is under care: guests of an arriving volume
+//! wait in it, those of a volume that has moved are refused by it. A name is *reserved* while a
+//! volume of that name is made or removed, so that nothing happens to it twice at once.
+
+use flimcd_core::{Epoch, MigrationId, SiteName, VolumeId, VolumeName, VolumeSize};
+use flimcd_migrate::TargetStart;
+use flimcd_nbd::Server;
+use flimcd_volume::{
+    NewVolume, Ownership, StateError, Volume, VolumeError, VolumeRecord, VolumesDir,
+    device::OpenOptions,
+};
+use flimcd_wire::{ErrorCode, Open, TargetStage, WireError};
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use crate::{
+    Config,
+    api::{ApiCode, ErrorBody, ExportInfo, OwnershipState, Phase, RemovedVolume, Role, VolumeInfo},
+    error::{StartError, refuse},
+    migration::store::MigrationRecord,
+    ops::not_owner,
+};
+
+/// A volume's name that would make its export's socket that of the API.
+const RESERVED: &str = "api";
+/// Tenant of volumes that name none.
+const DEFAULT_TENANT: &str = "default";
+
+/// A volume under care, with its export.
+pub(crate) struct Hosted {
+    volume: Arc<Volume>,
+    /// Gone once the volume is being removed.
+    server: Mutex<Option<Server>>,
+    socket: PathBuf,
+}
+
+enum Slot {
+    Reserved,
+    Ready(Arc<Hosted>),
+}
+
+/// See the module.
+pub(crate) struct Hosting {
+    slots: Mutex<BTreeMap<VolumeName, Slot>>,
+    volumes: VolumesDir,
+    options: OpenOptions,
+    images_dir: PathBuf,
+    runtime_dir: PathBuf,
+}
+
+impl Hosted {
+    /// Serves a volume's export.
+    fn serve(volume: Arc<Volume>, runtime_dir: &Path) -> Result<Arc<Self>, flimcd_nbd::BindError> {
+        let name = volume.name().clone();
+        let socket = runtime_dir.join(format!("{name}.sock"));
+        let server = Server::bind(&socket)?;
+        server.export(name.as_str(), volume.clone());
+        Ok(Arc::new(Self {
+            volume,
+            server: Mutex::new(Some(server)),
+            socket,
+        }))
+    }
+
+    pub(crate) fn volume(&self) -> &Arc<Volume> {
+        &self.volume
+    }
+
+    pub(crate) fn name(&self) -> &VolumeName {
+        self.volume.name()
+    }
+
+    /// Its durable record.
+    pub(crate) fn record(&self) -> VolumeRecord {
+        match self.volume.record() {
+            Some(record) => record,
+            None => unreachable!("volumes without a record are made by tests only"),
+        }
+    }
+
+    /// Where a guest finds it.
+    pub(crate) fn export(&self) -> ExportInfo {
+        ExportInfo {
+            socket: self.socket.clone(),
+            export: self.name().to_string(),
+            uri: format!(
+                "nbd+unix:///{}?socket={}",
+                self.name(),
+                self.socket.display()
+            ),
+        }
+    }
+
+    /// What this agent is to it.
+    pub(crate) fn state(&self) -> OwnershipState {
+        state_of(&self.record().ownership).0
+    }
+
+    /// The epoch of an owned volume.
+    pub(crate) fn epoch_to_migrate(&self) -> Result<Epoch, ErrorBody> {
+        match self.record().ownership {
+            Ownership::Owner { epoch } => Ok(epoch),
+            other => {
+                let (state, peer) = state_of(&other);
+                Err(not_owner(self.name(), state, peer))
+            }
+        }
+    }
+
+    /// How a migration that its record takes for running has ended, by the volume's own record.
+    pub(crate) fn ended_as(&self, migration: &MigrationRecord) -> Option<Phase> {
+        match (migration.role, self.record().ownership) {
+            (Role::Source, Ownership::Released { complete: true, .. })
+            | (Role::Target, Ownership::Owner { .. }) => Some(Phase::Completed),
+            _ => None,
+        }
+    }
+
+    /// Where a target machine goes on.
+    pub(crate) fn target_start(&self, refused: Option<Epoch>) -> TargetStart {
+        let stage = match self.record().ownership {
+            Ownership::Arriving { epoch, .. } => TargetStage::Owner(epoch),
+            Ownership::Owner { epoch } => TargetStage::Complete(epoch),
+            _ => TargetStage::Incoming,
+        };
+        TargetStart::Resume {
+            stage,
+            refused,
+            missing_blocks: self.volume.missing_count(),
+        }
+    }
+
+    /// As the API shows it.
+    pub(crate) fn describe(&self, migration: Option<MigrationId>) -> VolumeInfo {
+        let record = self.record();
+        let (ownership, peer) = state_of(&record.ownership);
+        VolumeInfo {
+            id: record.id,
+            name: record.name.clone(),
+            tenant: record.tenant.clone(),
+            size_bytes: record.size.bytes(),
+            allocated_bytes: allocated(&record.image),
+            epoch: record.epoch.0,
+            ownership,
+            peer: peer.cloned(),
+            image: record.image.clone(),
+            export: Some(self.export()),
+            guest_connections: self.volume.connections(),
+            migration,
+        }
+    }
+
+    /// Disconnects guests and removes the socket. Blocks until they are gone.
+    fn stop_serving(&self) {
+        let server = self
+            .server
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(server) = server {
+            server.shutdown();
+        }
+    }
+}
+
+/// Bytes that an image takes on its file system.
+fn allocated(image: &Path) -> u64 {
+    fs::metadata(image).map_or(0, |metadata| metadata.blocks() * 512)
+}
+
+fn state_of(ownership: &Ownership) -> (OwnershipState, Option<&SiteName>) {
+    match ownership {
+        Ownership::Owner { .. } => (OwnershipState::Owner, None),
+        Ownership::Prepared { peer, .. } => (OwnershipState::Prepared, Some(peer)),
+        Ownership::Released { peer, .. } => (OwnershipState::Released, Some(peer)),
+        Ownership::Incoming { peer, .. } => (OwnershipState::Incoming, Some(peer)),
+        Ownership::Arriving { peer, .. } => (OwnershipState::Arriving, Some(peer)),
+    }
+}
+
+impl Hosting {
+    /// Opens all volumes and serves their exports. Blocks.
+    pub(crate) fn open(config: &Config) -> Result<Self, StartError> {
+        let path = config.state_dir.join("volumes");
+        let failed = |path: &Path, error: VolumeError| StartError::Volume {
+            path: path.to_owned(),
+            problem: error.to_string(),
+        };
+        let volumes =
+            VolumesDir::open(&path).map_err(|error| failed(&path, VolumeError::State(error)))?;
+        let names = volumes.list();
+        let names = names.map_err(|error| failed(&path, VolumeError::State(error)))?;
+        let hosting = Self {
+            slots: Mutex::default(),
+            volumes,
+            options: OpenOptions::default(),
+            images_dir: config.images_dir(),
+            runtime_dir: config.runtime_dir.clone(),
+        };
+        for name in names {
+            let volume = Volume::open(&hosting.volumes, &name, &hosting.options)
+                .map_err(|error| failed(&hosting.volumes.path_of(&name), error))?;
+            let hosted = Hosted::serve(volume, &hosting.runtime_dir).map_err(|error| {
+                StartError::Export {
+                    name: name.clone(),
+                    problem: error.to_string(),
+                }
+            })?;
+            hosting.slots().insert(name, Slot::Ready(hosted));
+        }
+        Ok(hosting)
+    }
+
+    /// Stops serving and closes all volumes. Blocks until guests are gone and data is durable.
+    pub(crate) fn close(&self) {
+        let slots = std::mem::take(&mut *self.slots());
+        for slot in slots.into_values() {
+            if let Slot::Ready(hosted) = slot {
+                hosted.stop_serving();
+                if let Err(error) = hosted.volume.sync() {
+                    tracing::error!(volume = %hosted.name(), "making data durable failed: {error}");
+                }
+            }
+        }
+    }
+
+    fn slots(&self) -> MutexGuard<'_, BTreeMap<VolumeName, Slot>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All volumes, by name.
+    pub(crate) fn all(&self) -> Vec<Arc<Hosted>> {
+        let slots = self.slots();
+        let ready = slots.values().filter_map(|slot| match slot {
+            Slot::Ready(hosted) => Some(hosted.clone()),
+            Slot::Reserved => None,
+        });
+        ready.collect()
+    }
+
+    /// The volume of this id.
+    pub(crate) fn by_id(&self, id: VolumeId) -> Option<Arc<Hosted>> {
+        self.all()
+            .into_iter()
+            .find(|hosted| hosted.volume.id() == id)
+    }
+
+    /// The volume of this name.
+    pub(crate) fn get(&self, name: &VolumeName) -> Result<Arc<Hosted>, ErrorBody> {
+        match self.slots().get(name) {
+            Some(Slot::Ready(hosted)) => Ok(hosted.clone()),
+            Some(Slot::Reserved) => Err(being_changed(name)),
+            None => Err(refuse(
+                ApiCode::UnknownVolume,
+                format!("there is no volume {name}"),
+                "`flimcd volume list` shows what there is",
+            )),
+        }
+    }
+
+    /// Makes a name ours until the guard is filled or dropped.
+    fn reserve(&self, name: &VolumeName) -> Result<Reservation<'_>, ErrorBody> {
+        if name.as_str() == RESERVED {
+            let message =
+                format!("a volume cannot be called {RESERVED}: its socket would be the API's");
+            return Err(refuse(ApiCode::BadRequest, message, "choose another name"));
+        }
+        match self.slots().entry(name.clone()) {
+            std::collections::btree_map::Entry::Occupied(_) => Err(refuse(
+                ApiCode::Exists,
+                format!("there is a volume {name} already"),
+                "choose another name, or remove that one",
+            )),
+            std::collections::btree_map::Entry::Vacant(slot) => {
+                slot.insert(Slot::Reserved);
+                Ok(Reservation {
+                    hosting: self,
+                    name: name.clone(),
+                    is_filled: false,
+                })
+            }
+        }
+    }
+
+    /// Makes an empty volume. Blocks.
+    pub(crate) fn create(
+        &self,
+        name: &VolumeName,
+        size: VolumeSize,
+        tenant: Option<&str>,
+    ) -> Result<Arc<Hosted>, ErrorBody> {
+        let reservation = self.reserve(name)?;
+        let new = self.new_volume(name, tenant, self.image_path(name));
+        let volume = Volume::create(&self.volumes, new, size, &self.options)
+            .map_err(|error| cannot_make(&error))?;
+        self.put(reservation, volume, true)
+    }
+
+    /// Takes an image under care. Blocks.
+    pub(crate) fn import(
+        &self,
+        name: &VolumeName,
+        image: &Path,
+        tenant: Option<&str>,
+    ) -> Result<Arc<Hosted>, ErrorBody> {
+        let reservation = self.reserve(name)?;
+        let taken = self
+            .all()
+            .into_iter()
+            .find(|hosted| same_file(&hosted.record().image, image));
+        if let Some(other) = taken {
+            let message = format!(
+                "{} is the image of volume {} already",
+                image.display(),
+                other.name()
+            );
+            return Err(refuse(ApiCode::Exists, message, "one image is one volume"));
+        }
+        let new = self.new_volume(name, tenant, image.to_owned());
+        let volume = Volume::import(&self.volumes, new, &self.options)
+            .map_err(|error| cannot_make(&error))?;
+        self.put(reservation, volume, false)
+    }
+
+    /// A volume that begins its life here.
+    fn new_volume(&self, name: &VolumeName, tenant: Option<&str>, image: PathBuf) -> NewVolume {
+        NewVolume {
+            id: VolumeId(rand::random()),
+            name: name.clone(),
+            tenant: tenant.unwrap_or(DEFAULT_TENANT).to_owned(),
+            image,
+            epoch: Epoch::FIRST,
+            ownership: Ownership::Owner {
+                epoch: Epoch::FIRST,
+            },
+        }
+    }
+
+    /// Serves a volume that was just made, or unmakes it.
+    fn put(
+        &self,
+        reservation: Reservation<'_>,
+        volume: Arc<Volume>,
+        image_is_new: bool,
+    ) -> Result<Arc<Hosted>, ErrorBody> {
+        match Hosted::serve(volume.clone(), &self.runtime_dir) {
+            Ok(hosted) => {
+                reservation.fill(hosted.clone());
+                Ok(hosted)
+            }
+            Err(error) => {
+                let message = format!("the export cannot be served: {error}");
+                let refusal = refuse(ApiCode::Io, message, "");
+                if let Err(error) = volume.remove(&self.volumes, image_is_new) {
+                    tracing::error!(volume = %volume.name(), "cleaning up failed: {error}");
+                }
+                Err(refusal)
+            }
+        }
+    }
+
+    /// Gives a volume up, if `check` allows it. Blocks.
+    pub(crate) fn remove(
+        &self,
+        name: &VolumeName,
+        delete_image: bool,
+        check: impl FnOnce() -> Result<(), ErrorBody>,
+    ) -> Result<RemovedVolume, ErrorBody> {
+        let hosted = self.get(name)?;
+        check()?;
+        let record = hosted.record();
+        match &record.ownership {
+            Ownership::Owner { .. } | Ownership::Released { complete: true, .. } => {}
+            other => {
+                let (state, peer) = state_of(other);
+                return Err(not_owner(name, state, peer));
+            }
+        }
+        let guests = hosted.volume.connections();
+        if guests > 0 {
+            let message = format!("{name} has {guests} guest connections");
+            return Err(refuse(ApiCode::Busy, message, "stop the guest first"));
+        }
+        let reservation = self.withdraw(name)?;
+        hosted.stop_serving();
+        hosted
+            .volume
+            .remove(&self.volumes, delete_image)
+            .map_err(|error| refuse(ApiCode::Io, format!("removing {name} failed: {error}"), ""))?;
+        drop(reservation);
+        Ok(RemovedVolume {
+            name: name.clone(),
+            image: record.image.clone(),
+            image_deleted: delete_image,
+        })
+    }
+
+    /// Removes a volume whose arrival was cut short, with its image. Blocks.
+    pub(crate) fn discard(&self, name: &VolumeName) -> io::Result<()> {
+        let Ok(hosted) = self.get(name) else {
+            return Ok(());
+        };
+        if hosted.state() != OwnershipState::Incoming {
+            return Err(io::Error::other("it is not an arriving volume"));
+        }
+        let Ok(reservation) = self.withdraw(name) else {
+            return Ok(());
+        };
+        hosted.stop_serving();
+        let removed = hosted.volume.remove(&self.volumes, true);
+        drop(reservation);
+        removed.map_err(io::Error::other)
+    }
+
+    /// Takes a volume out, with its name still reserved.
+    fn withdraw(&self, name: &VolumeName) -> Result<Reservation<'_>, ErrorBody> {
+        match self.slots().get_mut(name) {
+            Some(slot @ Slot::Ready(_)) => {
+                *slot = Slot::Reserved;
+                Ok(Reservation {
+                    hosting: self,
+                    name: name.clone(),
+                    is_filled: false,
+                })
+            }
+            _ => Err(being_changed(name)),
+        }
+    }
+
+    /// Whether a volume that a peer wants to send may come, and fits. Blocks.
+    pub(crate) fn check_arrival(&self, open: &Open, config: &Config) -> Result<(), WireError> {
+        let site = &config.site;
+        let exists = |text: String| Err(WireError::new(ErrorCode::VOLUME_EXISTS, text));
+        if let Some(same) = self.by_id(open.volume) {
+            let record = same.record();
+            let name = same.name();
+            if record.size != open.size {
+                let text = format!(
+                    "site {site} has this volume as {name} with {} bytes, but {} are to come; remove it there",
+                    record.size.bytes(),
+                    open.size.bytes()
+                );
+                return Err(WireError::new(ErrorCode::SIZE, text));
+            }
+            return exists(match state_of(&record.ownership).0 {
+                OwnershipState::Released => format!(
+                    "site {site} still keeps the copy of {name} that it had before; remove it there with \
+                     `flimcd volume remove {name} --delete-image`, then migrate again"
+                ),
+                state => format!("site {site} has this volume already, as {name} ({state})"),
+            });
+        }
+        if self.slots().contains_key(&open.name) {
+            return exists(format!(
+                "site {site} has another volume called {}; rename or remove one of the two",
+                open.name
+            ));
+        }
+        let image = self.image_path(&open.name);
+        if fs::symlink_metadata(&image).is_ok() {
+            return exists(format!(
+                "at site {site} there is a file {} where the image would be; move it away",
+                image.display()
+            ));
+        }
+        self.check_room(open.size, config)
+    }
+
+    fn check_room(&self, size: VolumeSize, config: &Config) -> Result<(), WireError> {
+        let room = rustix::fs::statvfs(&self.images_dir).map_err(|error| {
+            let text = format!(
+                "the room at site {} cannot be found out: {error}",
+                config.site
+            );
+            WireError::new(ErrorCode::DISK, text)
+        })?;
+        let free = room.f_bavail.saturating_mul(room.f_frsize);
+        // What is still to come of volumes that are arriving already.
+        let promised: u64 = self
+            .all()
+            .iter()
+            .map(|hosted| hosted.record())
+            .filter(|record| {
+                matches!(
+                    record.ownership,
+                    Ownership::Incoming { .. } | Ownership::Arriving { .. }
+                )
+            })
+            .map(|record| record.size.bytes().saturating_sub(allocated(&record.image)))
+            .sum();
+        let reserve = config.limits.reserve_bytes();
+        let usable = free.saturating_sub(promised).saturating_sub(reserve);
+        let needed = if config.limits.overcommit {
+            1
+        } else {
+            size.bytes()
+        };
+        if needed <= usable {
+            return Ok(());
+        }
+        let mib = |bytes: u64| bytes >> 20;
+        let text = format!(
+            "site {} has too little room for {} MiB: {} MiB are free in {}, {} MiB of that are promised to \
+             other volumes and {} MiB kept in reserve; make room{}",
+            config.site,
+            mib(size.bytes()),
+            mib(free),
+            self.images_dir.display(),
+            mib(promised),
+            mib(reserve),
+            if config.limits.overcommit {
+                ""
+            } else {
+                ", or set limits.overcommit there if the volume is sparse enough"
+            }
+        );
+        Err(WireError::new(ErrorCode::NO_SPACE, text))
+    }
+
+    /// Makes the volume for an arrival that was checked. Blocks.
+    pub(crate) fn take_in(
+        &self,
+        open: &Open,
+        migration: MigrationId,
+        peer: &SiteName,
+    ) -> Result<Arc<Hosted>, WireError> {
+        let failed =
+            |error: ErrorBody| WireError::new(ErrorCode::OTHER, format!("at the target: {error}"));
+        let reservation = self.reserve(&open.name).map_err(failed)?;
+        let new = NewVolume {
+            id: open.volume,
+            name: open.name.clone(),
+            tenant: DEFAULT_TENANT.to_owned(),
+            image: self.image_path(&open.name),
+            epoch: open.epoch,
+            ownership: Ownership::Incoming {
+                migration,
+                peer: peer.clone(),
+            },
+        };
+        let volume = Volume::create(&self.volumes, new, open.size, &self.options)
+            .map_err(|error| failed(cannot_make(&error)))?;
+        self.put(reservation, volume, true).map_err(failed)
+    }
+
+    fn image_path(&self, name: &VolumeName) -> PathBuf {
+        self.images_dir.join(format!("{name}.raw"))
+    }
+}
+
+/// Why a volume was not made, for the API.
+fn cannot_make(error: &VolumeError) -> ErrorBody {
+    let code = match error {
+        VolumeError::State(StateError::Exists(_)) => ApiCode::Exists,
+        VolumeError::State(_) | VolumeError::ImageCreate { .. } => ApiCode::Io,
+        _ => ApiCode::Image,
+    };
+    refuse(code, error.to_string(), "")
+}
+
+fn being_changed(name: &VolumeName) -> ErrorBody {
+    let message = format!("volume {name} is being made or removed");
+    refuse(ApiCode::Busy, message, "try again in a moment")
+}
+
+fn same_file(one: &Path, other: &Path) -> bool {
+    match (fs::metadata(one), fs::metadata(other)) {
+        (Ok(one), Ok(other)) => (one.dev(), one.ino()) == (other.dev(), other.ino()),
+        _ => false,
+    }
+}
+
+/// A name that is reserved; free again when this is dropped without a volume.
+struct Reservation<'a> {
+    hosting: &'a Hosting,
+    name: VolumeName,
+    is_filled: bool,
+}
+
+impl Reservation<'_> {
+    fn fill(mut self, hosted: Arc<Hosted>) {
+        self.is_filled = true;
+        self.hosting
+            .slots()
+            .insert(self.name.clone(), Slot::Ready(hosted));
+    }
+}
+
+impl Drop for Reservation<'_> {
+    fn drop(&mut self) {
+        if !self.is_filled {
+            self.hosting.slots().remove(&self.name);
+        }
+    }
+}

@@ -1,0 +1,280 @@
+//! What both drivers are made of: the sources of events, the record, and the published status.
+
+use flimcd_core::Time;
+use flimcd_migrate::DiskError;
+use flimcd_volume::{Volume, VolumeObserver};
+use std::{
+    io,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+
+use super::{
+    port::LinkPort,
+    progress::{RateWindow, add_note, unix_ms},
+    store::{MigrationRecord, Store},
+    workers::Workers,
+};
+use crate::{
+    api::{MigrationStatus, Phase},
+    links::{Inbox, LinkInput, PeerLink},
+};
+
+/// How often the status is published while nothing special happens.
+const PUBLISH: Duration = Duration::from_millis(100);
+
+/// Turns what a volume notices into one wake-up of its driver.
+#[derive(Default)]
+pub(crate) struct Wake(Notify);
+
+impl VolumeObserver for Wake {
+    fn on_fault(&self) {
+        self.0.notify_one();
+    }
+
+    fn on_drained(&self) {
+        self.0.notify_one();
+    }
+
+    fn on_guests_gone(&self) {
+        self.0.notify_one();
+    }
+}
+
+/// What an operator asks of a running migration. The answer comes when it has been passed on.
+#[derive(Debug)]
+pub(crate) enum Command {
+    /// Switch as soon as it is ready.
+    Switchover(oneshot::Sender<Result<(), CommandError>>),
+    /// End it before the switch.
+    Cancel(oneshot::Sender<Result<(), CommandError>>),
+}
+
+/// Why a command was not taken.
+#[derive(Debug)]
+pub(crate) enum CommandError {
+    /// The other side has to be asked.
+    OtherSide,
+    /// The target owns the volume, or is about to.
+    TooLate,
+    /// It could not be recorded.
+    Io(io::Error),
+}
+
+/// Everything that can happen to a driver. `D` is what its workers answer.
+pub(crate) enum Event<D> {
+    Link(LinkInput),
+    Done(D),
+    /// The volume has faults, is drained, or lost its last guest.
+    Volume,
+    Command(Command),
+    /// The link has room again.
+    Room,
+    Timer,
+    /// The agent stops.
+    Stop,
+}
+
+/// How a driver ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// The migration is over.
+    Ended,
+    /// The agent stops; a restart goes on with it.
+    Paused,
+}
+
+/// What a driver is made from.
+pub(crate) struct Setup {
+    pub(crate) volume: Arc<Volume>,
+    pub(crate) link: Arc<PeerLink>,
+    pub(crate) inbox: Inbox,
+    pub(crate) commands: mpsc::Receiver<Command>,
+    pub(crate) stop: watch::Receiver<bool>,
+    pub(crate) record: MigrationRecord,
+    pub(crate) store: Store,
+    pub(crate) status: watch::Sender<MigrationStatus>,
+}
+
+/// See the module.
+pub(crate) struct Base<D> {
+    pub(crate) volume: Arc<Volume>,
+    pub(crate) port: LinkPort,
+    pub(crate) record: MigrationRecord,
+    pub(crate) status: MigrationStatus,
+    pub(crate) workers: Workers,
+    pub(crate) store: Store,
+    /// Jobs given to workers and not heard of again.
+    pub(crate) jobs: usize,
+    pub(crate) rate: RateWindow,
+    pub(crate) done: mpsc::UnboundedSender<D>,
+    answers: mpsc::UnboundedReceiver<D>,
+    inbox: Inbox,
+    commands: mpsc::Receiver<Command>,
+    stop: watch::Receiver<bool>,
+    wake: Arc<Wake>,
+    published: watch::Sender<MigrationStatus>,
+    published_at: Instant,
+    begin: Instant,
+    link_bytes_before: u64,
+}
+
+impl<D> Base<D> {
+    /// Starts the workers and begins to observe the volume.
+    pub(crate) fn new(setup: Setup, label: &str) -> io::Result<Self> {
+        let (done, answers) = mpsc::unbounded_channel();
+        let wake = Arc::<Wake>::default();
+        setup.volume.set_observer(wake.clone());
+        let handle = setup.link.handle();
+        Ok(Self {
+            link_bytes_before: handle.bytes_sent() + handle.bytes_received(),
+            workers: Workers::start(label)?,
+            port: LinkPort::new(setup.link, setup.record.id),
+            status: setup.record.status.clone(),
+            volume: setup.volume,
+            record: setup.record,
+            store: setup.store,
+            jobs: 0,
+            rate: RateWindow::default(),
+            done,
+            answers,
+            inbox: setup.inbox,
+            commands: setup.commands,
+            stop: setup.stop,
+            wake,
+            published: setup.status,
+            published_at: Instant::now(),
+            begin: Instant::now(),
+        })
+    }
+
+    /// Now, as the machine sees it.
+    pub(crate) fn now(&self) -> Time {
+        Time::ZERO + self.begin.elapsed()
+    }
+
+    /// The next event; the timer's at `deadline`.
+    pub(crate) async fn next(&mut self, deadline: Option<Time>) -> Event<D> {
+        let timer = async {
+            match deadline {
+                Some(at) => {
+                    let at = self.begin + Duration::from_nanos(at.0);
+                    tokio::time::sleep_until(at.into()).await;
+                }
+                None => std::future::pending().await,
+            }
+        };
+        let room = self.port.room();
+        // In this order, so that no flood of one kind keeps the timer from draining dirty marks.
+        tokio::select! {
+            biased;
+            _ = self.stop.wait_for(|&stop| stop) => Event::Stop,
+            () = timer => Event::Timer,
+            Some(command) = self.commands.recv() => Event::Command(command),
+            () = self.wake.0.notified() => Event::Volume,
+            Some(answer) = self.answers.recv() => {
+                self.jobs -= 1;
+                Event::Done(answer)
+            }
+            Some(input) = self.inbox.recv() => Event::Link(input),
+            () = room => Event::Room,
+        }
+    }
+
+    /// A way for a job to answer; the driver counts it as under way from now on.
+    pub(crate) fn begin_job(&mut self) -> mpsc::UnboundedSender<D> {
+        self.jobs += 1;
+        self.done.clone()
+    }
+
+    /// Whether nothing is under way in the workers, and the link took everything that it can take.
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.jobs == 0 && (self.port.is_idle() || !self.port.is_up())
+    }
+
+    /// Adds a note to the status and to the log.
+    pub(crate) fn note(&mut self, text: String) {
+        tracing::warn!(migration = %self.record.id, volume = %self.record.volume, "{text}");
+        add_note(&mut self.status, text);
+    }
+
+    /// Enters a phase; final ones get their time.
+    pub(crate) fn set_phase(&mut self, phase: Phase) {
+        if self.status.phase != phase {
+            tracing::info!(
+                migration = %self.record.id, volume = %self.record.volume, role = ?self.record.role,
+                "{} → {phase}", self.status.phase
+            );
+            self.status.phase = phase;
+        }
+        if phase.has_ended() {
+            self.status.ended_unix_ms.get_or_insert_with(unix_ms);
+            self.status.eta_s = None;
+            self.status.rate_bytes_per_sec = 0;
+        }
+    }
+
+    /// Whether the status should be brought up to date and published.
+    pub(crate) fn publish_due(&self) -> bool {
+        self.published_at.elapsed() >= PUBLISH
+    }
+
+    /// Makes the status visible to others.
+    pub(crate) fn publish(&mut self) {
+        self.published_at = Instant::now();
+        let handle = self.port.link().handle();
+        self.status.link_up = self.port.is_up();
+        let on_link = handle.bytes_sent() + handle.bytes_received();
+        self.status.bytes_on_link = on_link.saturating_sub(self.link_bytes_before);
+        let mut status = self.status.clone();
+        if !status.phase.has_ended() && !status.link_up && status.error.is_none() {
+            let why = handle.last_error().map(|error| error.to_string());
+            status.error = Some(
+                why.unwrap_or_else(|| format!("the link to {} is not up yet", self.record.peer)),
+            );
+        }
+        self.published.send_replace(status);
+    }
+
+    /// Writes the record with the status as it is. Used at the driver's end and for commands, when
+    /// nothing urgent waits.
+    pub(crate) async fn save_record(&mut self) -> io::Result<()> {
+        self.record.status = self.status.clone();
+        let (store, record) = (self.store.clone(), self.record.clone());
+        tokio::task::spawn_blocking(move || store.save(&record))
+            .await
+            .unwrap_or_else(|panic| Err(io::Error::other(panic)))
+    }
+
+    /// Waits for the workers and gives the last status away.
+    pub(crate) async fn close(mut self, outcome: Outcome) -> (MigrationRecord, Outcome) {
+        if let Err(error) = self.save_record().await {
+            let id = self.record.id;
+            self.note(format!(
+                "the record of migration {id} cannot be written: {error}"
+            ));
+        }
+        self.publish();
+        let workers = self.workers;
+        if tokio::task::spawn_blocking(move || workers.finish())
+            .await
+            .is_err()
+        {
+            tracing::error!(migration = %self.record.id, "waiting for the workers failed");
+        }
+        self.record.status = self.status;
+        (self.record, outcome)
+    }
+}
+
+/// What the machines want to know of an error.
+pub(crate) fn disk_error(what: &str, error: &io::Error) -> DiskError {
+    DiskError {
+        no_space: matches!(
+            error.kind(),
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+        ),
+        text: format!("{what}: {error}"),
+    }
+}

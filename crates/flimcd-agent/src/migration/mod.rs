@@ -1,0 +1,27 @@
+//! Migrations: one task each, which drives a machine of `flimcd-migrate` over real files and links.
+//!
+//! ```text
+//!        link inbox ─┐
+//!  answers of workers ┤                      ┌─► machine.handle_*
+//!   volume's notices ─┼─► Event ─► apply ────┤
+//!           commands ─┤                      └─► act: poll_action → workers, volume
+//!        timer, room ─┘                               poll_transmit → link
+//!                                                     poll_event → status, log
+//! ```
+//! The machine has all the state of a migration; the driver knows only what it has begun and not heard of
+//! again. It never waits for anything but the next event: blocking work is done by [`Workers`], and the
+//! link is only given what it has room for.
+
+mod base;
+mod policies;
+mod port;
+pub(crate) mod progress;
+mod source;
+pub(crate) mod store;
+mod target;
+mod workers;
+
+pub(crate) use base::{Command, CommandError, Outcome, Setup};
+pub(crate) use policies::choose_policy;
+pub(crate) use source::SourceDriver;
+pub(crate) use target::{TargetBegin, TargetDriver};

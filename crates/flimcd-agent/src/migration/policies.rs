@@ -1,0 +1,78 @@
+//! From what was asked for to a policy.
+
+use flimcd_core::BlockRange;
+use flimcd_migrate::policy::{Policy, View, by_name};
+
+use crate::api::Strategy;
+
+/// The policy of a strategy; `compress` overrides its default.
+pub(crate) fn choose_policy(strategy: Strategy, compress: Option<bool>) -> Option<Box<dyn Policy>> {
+    let name = match (strategy, compress) {
+        (Strategy::Precopy, Some(true)) => "precopy-zstd",
+        (strategy, _) => strategy.name(),
+    };
+    let policy = by_name(name).ok()?;
+    match compress {
+        Some(compress) if compress != policy.compress() => {
+            Some(Box::new(WithCompression { policy, compress }))
+        }
+        _ => Some(policy),
+    }
+}
+
+/// A policy with its opinion on compression replaced.
+struct WithCompression {
+    policy: Box<dyn Policy>,
+    compress: bool,
+}
+
+impl Policy for WithCompression {
+    fn name(&self) -> &'static str {
+        self.policy.name()
+    }
+
+    fn compress(&self) -> bool {
+        self.compress
+    }
+
+    fn allows_postcopy(&self) -> bool {
+        self.policy.allows_postcopy()
+    }
+
+    fn next_precopy(&mut self, view: &View<'_>) -> Option<BlockRange> {
+        self.policy.next_precopy(view)
+    }
+
+    fn is_ready(&mut self, view: &View<'_>) -> bool {
+        self.policy.is_ready(view)
+    }
+
+    fn begin_push(&mut self, view: &View<'_>) {
+        self.policy.begin_push(view);
+    }
+
+    fn next_push(&mut self, view: &View<'_>) -> Option<BlockRange> {
+        self.policy.next_push(view)
+    }
+
+    fn on_demand(&mut self, range: BlockRange) {
+        self.policy.on_demand(range);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_strategy_has_a_policy_and_compression_can_be_chosen() {
+        for strategy in Strategy::ALL {
+            assert!(choose_policy(strategy, None).is_some(), "{strategy}");
+            for compress in [true, false] {
+                let policy = choose_policy(strategy, Some(compress)).unwrap();
+                assert_eq!(policy.compress(), compress, "{strategy}");
+            }
+        }
+        assert!(!choose_policy(Strategy::Precopy, None).unwrap().compress());
+    }
+}

@@ -1,0 +1,416 @@
+//! Driver of a [`SourceMachine`].
+
+use bytes::Bytes;
+use flimcd_core::{BlockRange, Epoch, Seq, Time};
+use flimcd_migrate::{
+    DiskError, LinkEstimate, SourceAction, SourceEvent, SourceMachine, SourcePhase, SourceRecord,
+    Switchover,
+};
+use flimcd_volume::Ownership;
+use flimcd_wire::Entry;
+use std::{
+    io,
+    time::{Duration, Instant},
+};
+
+use super::{
+    base::{Base, Command, CommandError, Event, Outcome, Setup, disk_error},
+    progress::{eta_s, unix_ms},
+    store::MigrationRecord,
+};
+use crate::{
+    api::{self, Phase},
+    links::LinkInput,
+};
+
+/// How often dirty marks are drained from the volume.
+const DRAIN: Duration = Duration::from_millis(25);
+
+/// What the workers answer.
+pub(crate) enum Done {
+    Read(Seq, Result<(Vec<Entry>, Bytes), DiskError>),
+    Persisted(SourceRecord, Result<(), DiskError>),
+}
+
+/// See the module.
+pub(crate) struct SourceDriver {
+    base: Base<Done>,
+    machine: SourceMachine,
+    drain_at: Time,
+    /// `Freeze` was begun, and the volume is not drained.
+    freezing: bool,
+    stopped_at: Option<Instant>,
+    /// Only once asked for, whoever is connected.
+    is_manual: bool,
+    /// The switch was granted; it is not taken back.
+    granted: bool,
+}
+
+impl SourceDriver {
+    /// A driver of `machine`, which has just been made.
+    pub(crate) fn new(
+        setup: Setup,
+        make_machine: impl FnOnce(Time) -> SourceMachine,
+    ) -> io::Result<Self> {
+        let is_manual = setup
+            .record
+            .request
+            .as_ref()
+            .is_some_and(|request| request.switchover == api::Switchover::Manual);
+        let base = Base::new(setup, "source")?;
+        let mut driver = Self {
+            machine: make_machine(base.now()),
+            drain_at: base.now(),
+            base,
+            freezing: false,
+            stopped_at: None,
+            is_manual,
+            granted: false,
+        };
+        let now = driver.base.now();
+        if driver.base.record.switchover_asked {
+            driver.grant(now);
+        }
+        if driver.base.record.cancel_asked {
+            driver.machine.handle_cancel(now);
+        }
+        Ok(driver)
+    }
+
+    /// Drives the migration until it is over or the agent stops.
+    pub(crate) async fn run(mut self) -> (MigrationRecord, Outcome) {
+        self.act();
+        loop {
+            if self.machine.phase().is_final() && self.base.is_quiet() {
+                return self.end().await;
+            }
+            let deadline = self.deadline();
+            let event = self.base.next(deadline).await;
+            if matches!(event, Event::Stop) {
+                return self.base.close(Outcome::Paused).await;
+            }
+            self.apply(event).await;
+            self.act();
+        }
+    }
+
+    /// When something has to be done without an event.
+    fn deadline(&self) -> Option<Time> {
+        let drain = self.machine.phase().wants_dirty().then_some(self.drain_at);
+        let timeout = self.machine.poll_timeout();
+        drain.into_iter().chain(timeout).min()
+    }
+
+    async fn apply(&mut self, event: Event<Done>) {
+        let now = self.base.now();
+        match event {
+            Event::Link(LinkInput::Up(generation)) => {
+                self.base.port.set_up(generation);
+                self.base.status.error = None;
+                self.machine.handle_link_up(now);
+            }
+            Event::Link(LinkInput::Down) => {
+                self.base.port.set_down();
+                self.machine.handle_link_down(now);
+            }
+            Event::Link(LinkInput::Message(message, _credit)) => {
+                self.machine.handle_message(now, message);
+            }
+            Event::Done(Done::Read(seq, result)) => self.machine.handle_read(now, seq, result),
+            Event::Done(Done::Persisted(record, result)) => {
+                self.machine.handle_persisted(now, record, result);
+            }
+            Event::Volume => self.consider_guests(now),
+            Event::Command(command) => self.command(command).await,
+            Event::Timer => self.tick(now),
+            // What there is to do about these is done by `act` and by the caller.
+            Event::Room | Event::Stop => {}
+        }
+    }
+
+    fn tick(&mut self, now: Time) {
+        if self.drain_at <= now {
+            self.drain_at = now + DRAIN;
+            let estimate = self.base.port.link().handle().estimate();
+            self.machine.handle_estimate(
+                now,
+                LinkEstimate {
+                    rate_bytes_per_sec: estimate.rate_bytes_per_sec,
+                    rtt: estimate.rtt_min,
+                },
+            );
+            if self.machine.phase().wants_dirty() {
+                let dirty = self.base.volume.take_dirty();
+                if !dirty.is_empty() {
+                    self.base.status.blocks_dirtied += dirty.count();
+                    self.machine.handle_dirtied(now, &dirty);
+                }
+            }
+        }
+        if self.machine.poll_timeout().is_some_and(|at| at <= now) {
+            self.machine.handle_timeout(now);
+        }
+        self.consider_guests(now);
+    }
+
+    /// Automatic switchover: nobody is connected, and the machine would switch.
+    fn consider_guests(&mut self, now: Time) {
+        if !self.granted
+            && !self.is_manual
+            && self.machine.progress().ready
+            && self.base.volume.connections() == 0
+        {
+            self.grant(now);
+        }
+    }
+
+    fn grant(&mut self, now: Time) {
+        self.granted = true;
+        self.machine.handle_switchover(now, Switchover::WhenReady);
+    }
+
+    async fn command(&mut self, command: Command) {
+        let too_late = self.machine.phase() >= SourcePhase::PostCopy;
+        let (answer, is_cancel) = match command {
+            Command::Switchover(answer) => (answer, false),
+            Command::Cancel(answer) => (answer, true),
+        };
+        if too_late && is_cancel {
+            let _ = answer.send(Err(CommandError::TooLate));
+            return;
+        }
+        // First on record, so that a restart does not forget what was asked for.
+        if is_cancel {
+            self.base.record.cancel_asked = true;
+        } else {
+            self.base.record.switchover_asked = true;
+        }
+        if let Err(error) = self.base.save_record().await {
+            let _ = answer.send(Err(CommandError::Io(error)));
+            return;
+        }
+        let now = self.base.now();
+        if is_cancel {
+            self.machine.handle_cancel(now);
+        } else {
+            self.grant(now);
+        }
+        self.act();
+        self.publish();
+        // Whoever asked may have gone away.
+        let _ = answer.send(Ok(()));
+    }
+
+    /// Does everything that the machine has to do and to say.
+    fn act(&mut self) {
+        let mut is_news = false;
+        loop {
+            while let Some(action) = self.machine.poll_action() {
+                self.start(action);
+            }
+            if self.freezing && self.base.volume.is_drained() {
+                self.freezing = false;
+                let dirty = self.base.volume.take_dirty();
+                self.base.status.blocks_dirtied += dirty.count();
+                let now = self.base.now();
+                self.machine.handle_frozen(now, &dirty);
+                continue;
+            }
+            let machine = &mut self.machine;
+            self.base
+                .port
+                .transmit(|has_room| machine.poll_transmit(has_room));
+            let mut again = false;
+            while let Some(event) = self.machine.poll_event() {
+                is_news = true;
+                again |= event == SourceEvent::ReadyForSwitchover;
+                self.report(event);
+            }
+            if !again {
+                break;
+            }
+            let now = self.base.now();
+            self.consider_guests(now);
+        }
+        if is_news || self.base.publish_due() {
+            self.publish();
+        }
+    }
+
+    fn start(&mut self, action: SourceAction) {
+        match action {
+            SourceAction::Read {
+                seq,
+                range,
+                compress,
+            } => self.read(seq, range, compress),
+            SourceAction::MarkClean(ranges) => {
+                if let Err(error) = self.base.volume.mark_clean(&ranges) {
+                    self.base.note(format!(
+                        "cannot record what the target has, so a restart will send more than \
+                         needed: {error}"
+                    ));
+                }
+            }
+            SourceAction::Freeze => {
+                self.stopped_at = Some(Instant::now());
+                self.freezing = true;
+                self.base.volume.freeze();
+            }
+            SourceAction::Thaw => {
+                self.freezing = false;
+                self.stopped_at = None;
+                self.base.volume.thaw();
+            }
+            SourceAction::Persist(record) => self.persist(record),
+            SourceAction::Release => self.base.volume.release(),
+            SourceAction::SetPacing(is_on) => {
+                self.base.port.link().set_pacing(self.base.record.id, is_on);
+            }
+        }
+    }
+
+    fn read(&mut self, seq: Seq, range: BlockRange, compress: bool) {
+        // The marks are cleared here and now, the content is read later.
+        let sending = self.base.volume.begin_send(range);
+        let volume = self.base.volume.clone();
+        let done = self.base.begin_job();
+        self.base.workers.any_order(move |tools| {
+            let bytes = range.bytes(volume.size()).len();
+            let length = usize::try_from(bytes).unwrap_or(usize::MAX);
+            tools.buffer.resize(length, 0);
+            let result = sending
+                .read(&mut tools.buffer)
+                .map(|()| {
+                    let encoder = if compress {
+                        &mut tools.pack
+                    } else {
+                        &mut tools.keep
+                    };
+                    let encoded = encoder.encode(range, &tools.buffer);
+                    (encoded.entries, encoded.payload)
+                })
+                .map_err(|error| disk_error(&format!("reading blocks {range:?}"), &error));
+            // The driver is gone when the agent stops.
+            let _ = done.send(Done::Read(seq, result));
+        });
+    }
+
+    fn persist(&mut self, record: SourceRecord) {
+        let (volume, done) = (self.base.volume.clone(), self.base.begin_job());
+        let (migration, peer) = (self.base.record.id, self.base.record.peer.clone());
+        let epoch = self.base.record.epoch;
+        let ownership = match record {
+            SourceRecord::Owner => Ownership::Owner { epoch },
+            SourceRecord::Prepared(_) => Ownership::Prepared {
+                epoch,
+                migration,
+                peer,
+            },
+            SourceRecord::Released(epoch) => released(epoch, migration, peer, false),
+            SourceRecord::Retired(epoch) => released(epoch, migration, peer, true),
+        };
+        self.base.workers.record(move || {
+            let result = volume
+                .set_ownership(ownership)
+                .map_err(|error| disk_error("writing the volume's record", &error));
+            let result = match (record, result) {
+                (SourceRecord::Owner, Ok(())) => volume
+                    .stop_tracking()
+                    .map_err(|error| disk_error("forgetting what the target lacks", &error)),
+                (_, result) => result,
+            };
+            let _ = done.send(Done::Persisted(record, result));
+        });
+    }
+
+    fn report(&mut self, event: SourceEvent) {
+        match event {
+            SourceEvent::Phase(phase) => self.base.set_phase(api_phase(phase)),
+            SourceEvent::ReadyForSwitchover => {
+                tracing::info!(migration = %self.base.record.id, "ready for the switchover");
+            }
+            SourceEvent::SwitchedOver => {
+                let stopped = self.stopped_at.take();
+                let downtime = stopped.map(|at| at.elapsed().as_secs_f64() * 1000.0);
+                self.base.status.downtime_ms = downtime;
+                self.base.status.switched_unix_ms = Some(unix_ms());
+                self.base.status.missing_blocks_at_switch =
+                    Some(self.machine.progress().blocks_left);
+                tracing::info!(
+                    migration = %self.base.record.id, volume = %self.base.record.volume,
+                    downtime_ms = downtime, "the target owns the volume"
+                );
+            }
+            SourceEvent::Completed | SourceEvent::Cancelled => {}
+            SourceEvent::Failed(error) => {
+                let text = error.text;
+                tracing::error!(
+                    migration = %self.base.record.id, volume = %self.base.record.volume,
+                    "the migration failed: {text}"
+                );
+                self.base.status.error = Some(text);
+            }
+            SourceEvent::Note(text) => self.base.note(text),
+        }
+    }
+
+    fn publish(&mut self) {
+        let progress = self.machine.progress();
+        let phase = self.machine.phase();
+        let status = &mut self.base.status;
+        status.ready_for_switchover = progress.ready && phase == SourcePhase::PreCopy;
+        status.bytes_sent = progress.content_bytes_sent;
+        status.blocks_pending = progress.blocks_left;
+        status.guest_reads = progress.target.guest_reads;
+        status.guest_reads_missed = progress.target.guest_reads_missed;
+        status.missing_blocks = match phase {
+            SourcePhase::PostCopy => progress.target.missing_blocks.min(progress.blocks_left),
+            _ => 0,
+        };
+        if !phase.is_final() {
+            let rate = self.base.rate.update(Instant::now(), status.bytes_sent);
+            status.rate_bytes_per_sec = rate;
+            status.eta_s = eta_s(progress.blocks_left, progress.bytes_per_block, rate);
+        }
+        self.base.publish();
+    }
+
+    async fn end(mut self) -> (MigrationRecord, Outcome) {
+        let ended_early = self.machine.phase() != SourcePhase::Completed;
+        self.base.record.farewell_due = ended_early && !self.base.port.is_up();
+        self.base.port.link().set_pacing(self.base.record.id, false);
+        self.publish();
+        self.base.close(Outcome::Ended).await
+    }
+}
+
+fn released(
+    epoch: Epoch,
+    migration: flimcd_core::MigrationId,
+    peer: flimcd_core::SiteName,
+    complete: bool,
+) -> Ownership {
+    Ownership::Released {
+        epoch,
+        migration,
+        peer,
+        complete,
+    }
+}
+
+const fn api_phase(phase: SourcePhase) -> Phase {
+    match phase {
+        SourcePhase::Connecting => Phase::Connecting,
+        SourcePhase::PreCopy => Phase::Precopy,
+        SourcePhase::Stopping
+        | SourcePhase::Draining
+        | SourcePhase::Preparing
+        | SourcePhase::Switching
+        | SourcePhase::Returning => Phase::Switchover,
+        SourcePhase::PostCopy | SourcePhase::Retiring => Phase::Postcopy,
+        SourcePhase::Completed => Phase::Completed,
+        SourcePhase::Cancelled => Phase::Cancelled,
+        SourcePhase::Failed => Phase::Failed,
+    }
+}

@@ -1,0 +1,217 @@
+//! Durable records of migrations: one JSON file each in `STATE_DIR/migrations`, replaced atomically.
+//!
+//! They say what a restart has to pick up again, and keep what an ended migration came to. Who owns
+//! the volume is *not* decided here but by the volume's own record: a file here is written before
+//! the volume's record first names the migration, and gets its end after the volume's record.
+
+use flimcd_core::{Epoch, MigrationId, SiteName, VolumeId, VolumeName};
+use serde::{Deserialize, Serialize};
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{self, Write},
+    path::{Path, PathBuf},
+};
+
+use crate::api::{MigrateRequest, MigrationStatus, Role};
+
+/// Version of the files' format.
+const FORMAT: u32 = 1;
+/// Ended migrations that are kept per volume.
+const KEPT_PER_VOLUME: usize = 10;
+
+/// What is known durably of one migration.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct MigrationRecord {
+    /// Version of this format.
+    pub(crate) format: u32,
+    pub(crate) id: MigrationId,
+    pub(crate) role: Role,
+    pub(crate) volume_id: VolumeId,
+    pub(crate) volume: VolumeName,
+    pub(crate) peer: SiteName,
+    /// The source's epoch when the migration began.
+    pub(crate) epoch: Epoch,
+    /// What was asked for; at the source only.
+    pub(crate) request: Option<MigrateRequest>,
+    /// The operator has asked for the switch.
+    pub(crate) switchover_asked: bool,
+    /// The operator has asked for its end.
+    pub(crate) cancel_asked: bool,
+    /// Target: the epoch that will never be owned here.
+    pub(crate) refused: Option<Epoch>,
+    /// Source: ended early, and the target has not been told.
+    pub(crate) farewell_due: bool,
+    /// As it was when this was written; final once its phase is.
+    pub(crate) status: MigrationStatus,
+}
+
+impl MigrationRecord {
+    /// A record of a migration that begins.
+    pub(crate) fn new(
+        role: Role,
+        volume_id: VolumeId,
+        epoch: Epoch,
+        request: Option<MigrateRequest>,
+        status: MigrationStatus,
+    ) -> Self {
+        Self {
+            format: FORMAT,
+            id: status.id,
+            role,
+            volume_id,
+            volume: status.volume.clone(),
+            peer: status.peer.clone(),
+            epoch,
+            request,
+            switchover_asked: false,
+            cancel_asked: false,
+            refused: None,
+            farewell_due: false,
+            status,
+        }
+    }
+
+    /// Whether nothing is left to do.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.status.phase.has_ended()
+    }
+}
+
+/// The directory of records.
+#[derive(Clone, Debug)]
+pub(crate) struct Store {
+    dir: PathBuf,
+}
+
+impl Store {
+    /// Opens the directory, which is made if it is not there, and reads all records. Files that
+    /// cannot be read are reported in the log and left alone.
+    pub(crate) fn open(dir: PathBuf) -> io::Result<(Self, Vec<MigrationRecord>)> {
+        fs::create_dir_all(&dir)?;
+        let mut records = Vec::new();
+        for entry in fs::read_dir(&dir)? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|extension| extension == "tmp") {
+                fs::remove_file(&path)?;
+            } else if path
+                .extension()
+                .is_some_and(|extension| extension == "json")
+            {
+                match read(&path) {
+                    Ok(record) => records.push(record),
+                    Err(error) => tracing::error!(
+                        "the record of a migration {} cannot be read ({error}); it is left out, \
+                         and a volume that it was about waits",
+                        path.display()
+                    ),
+                }
+            }
+        }
+        records.sort_by_key(|record| record.status.started_unix_ms);
+        Ok((Self { dir }, records))
+    }
+
+    /// Writes a record durably. Blocks for the disk.
+    pub(crate) fn save(&self, record: &MigrationRecord) -> io::Result<()> {
+        let text = serde_json::to_vec_pretty(record).map_err(io::Error::other)?;
+        let temporary = self.dir.join(format!("{}.tmp", record.id));
+        let mut file = File::create(&temporary)?;
+        file.write_all(&text)?;
+        file.sync_all()?;
+        fs::rename(&temporary, self.path(record.id))?;
+        File::open(&self.dir)?.sync_all()
+    }
+
+    /// Removes a record; none is fine.
+    pub(crate) fn remove(&self, id: MigrationId) -> io::Result<()> {
+        match fs::remove_file(self.path(id)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    fn path(&self, id: MigrationId) -> PathBuf {
+        self.dir.join(format!("{id}.json"))
+    }
+}
+
+fn read(path: &Path) -> io::Result<MigrationRecord> {
+    let text = fs::read(path)?;
+    let record: MigrationRecord = serde_json::from_slice(&text).map_err(io::Error::other)?;
+    if record.format != FORMAT {
+        let problem = format!("format {} of another version", record.format);
+        return Err(io::Error::other(problem));
+    }
+    Ok(record)
+}
+
+/// Ended migrations that are too many for their volume, oldest first. Those that the target has
+/// still to be told of are never among them.
+pub(crate) fn surplus<'a>(ended: impl Iterator<Item = &'a MigrationRecord>) -> Vec<MigrationId> {
+    let mut by_volume: BTreeMap<&VolumeName, Vec<&MigrationRecord>> = BTreeMap::new();
+    for record in ended {
+        by_volume.entry(&record.volume).or_default().push(record);
+    }
+    let mut surplus = Vec::new();
+    for mut records in by_volume.into_values() {
+        records.sort_by_key(|record| record.status.ended_unix_ms);
+        let many = records.len().saturating_sub(KEPT_PER_VOLUME);
+        let old = records[..many].iter();
+        surplus.extend(
+            old.filter(|record| !record.farewell_due)
+                .map(|record| record.id),
+        );
+    }
+    surplus
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{api::Phase, migration::progress::fresh_status};
+
+    fn record(id: u64, phase: Phase) -> MigrationRecord {
+        let mut status = fresh_status(
+            MigrationId(id),
+            "vm".parse().unwrap(),
+            Role::Source,
+            "lisbon".parse().unwrap(),
+            4096,
+        );
+        status.phase = phase;
+        status.ended_unix_ms = phase.has_ended().then_some(id);
+        MigrationRecord::new(Role::Source, VolumeId(7), Epoch(3), None, status)
+    }
+
+    #[test]
+    fn records_survive_and_broken_ones_do_not_stop_the_agent() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, none) = Store::open(dir.path().join("m")).unwrap();
+        assert!(none.is_empty());
+        let mut one = record(1, Phase::Precopy);
+        store.save(&one).unwrap();
+        one.refused = Some(Epoch(4));
+        store.save(&one).unwrap();
+        store.save(&record(2, Phase::Failed)).unwrap();
+        fs::write(dir.path().join("m/3.json"), "{").unwrap();
+        fs::write(dir.path().join("m/4.tmp"), "half").unwrap();
+        let (store, all) = Store::open(dir.path().join("m")).unwrap();
+        let ids: Vec<_> = all
+            .iter()
+            .map(|r| (r.id.0, r.has_ended(), r.refused))
+            .collect();
+        assert_eq!(ids, [(1, false, Some(Epoch(4))), (2, true, None)]);
+        store.remove(MigrationId(1)).unwrap();
+        store.remove(MigrationId(1)).unwrap();
+        assert_eq!(Store::open(dir.path().join("m")).unwrap().1.len(), 1);
+    }
+
+    #[test]
+    fn the_oldest_are_surplus() {
+        let mut all: Vec<_> = (0..14).map(|id| record(id, Phase::Completed)).collect();
+        all[1].farewell_due = true;
+        let surplus: Vec<_> = surplus(all.iter()).iter().map(|id| id.0).collect();
+        assert_eq!(surplus, [0, 2, 3]);
+    }
+}

@@ -1,0 +1,228 @@
+//! The tasks around drivers: how a migration begins, goes on after a restart, and ends.
+
+use flimcd_core::BlockSet;
+use flimcd_migrate::{SourceConfig, SourceMachine, SourceStart, policy::Policy};
+use flimcd_volume::{Ownership, Volume};
+use flimcd_wire::{Message, SourceStage};
+use std::{io, sync::Arc};
+use tokio::sync::{mpsc, watch};
+
+use crate::{
+    agent::Agent,
+    api::{MigrateRequest, MigrationStatus, Phase},
+    hosting::Hosted,
+    links::PeerLink,
+    migration::{
+        Command, Outcome, Setup, SourceDriver, choose_policy, progress::unix_ms,
+        store::MigrationRecord,
+    },
+};
+
+/// The ends of a running migration that belong to its driver.
+pub(crate) struct Begin {
+    pub(crate) commands: mpsc::Receiver<Command>,
+    pub(crate) status: watch::Sender<MigrationStatus>,
+}
+
+/// Starts the task of a migration whose source is here, from its beginning or from its record.
+pub(crate) fn spawn_source(
+    agent: &Arc<Agent>,
+    hosted: Arc<Hosted>,
+    record: MigrationRecord,
+    begin: Begin,
+    is_fresh: bool,
+) {
+    let task = {
+        let agent = agent.clone();
+        async move { run_source(agent, hosted, record, begin, is_fresh).await }
+    };
+    agent.spawn(task);
+}
+
+async fn run_source(
+    agent: Arc<Agent>,
+    hosted: Arc<Hosted>,
+    record: MigrationRecord,
+    begin: Begin,
+    is_fresh: bool,
+) {
+    let Some(link) = agent.link_to(&record.peer) else {
+        let why = format!("site {} is not in the configuration any more", record.peer);
+        return fail(&agent, record, &begin, why).await;
+    };
+    let (Some(request), Some(policy)) = (record.request.clone(), policy_of(&record)) else {
+        let why = "its record does not say what was asked for".to_owned();
+        return fail(&agent, record, &begin, why).await;
+    };
+    let volume = hosted.volume().clone();
+    let prepared = {
+        let volume = volume.clone();
+        tokio::task::spawn_blocking(move || prepare(&volume, is_fresh)).await
+    };
+    let start = match prepared.unwrap_or_else(|panic| Err(io::Error::other(panic))) {
+        Ok(start) => start,
+        Err(error) => {
+            stop_tracking(&volume);
+            let why = format!("finding the data of the volume failed: {error}");
+            return fail(&agent, record, &begin, why).await;
+        }
+    };
+    let ceiling = request.bandwidth_bytes_per_sec;
+    let configured = agent.config.limits.bandwidth.map(|rate| rate.0);
+    link.handle().set_ceiling(ceiling.or(configured));
+    let config = SourceConfig {
+        migration: record.id,
+        volume: volume.id(),
+        name: record.volume.clone(),
+        size: volume.size(),
+        epoch: record.epoch,
+        incarnation: rand::random(),
+    };
+    let id = record.id;
+    let setup = setup(&agent, &volume, &link, record.clone(), begin);
+    let ended = match SourceDriver::new(setup, |now| SourceMachine::new(config, policy, start, now))
+    {
+        Ok(driver) => driver.run().await,
+        Err(error) => {
+            stop_tracking(&volume);
+            tracing::error!(migration = %id, "the migration's threads cannot be started: {error}");
+            (
+                ended_early(record, format!("threads cannot be started: {error}")),
+                Outcome::Ended,
+            )
+        }
+    };
+    link.unregister(id);
+    link.handle().set_ceiling(configured);
+    finish(&agent, ended).await;
+}
+
+/// What the driver of a migration is made from.
+pub(crate) fn setup(
+    agent: &Arc<Agent>,
+    volume: &Arc<Volume>,
+    link: &Arc<PeerLink>,
+    record: MigrationRecord,
+    begin: Begin,
+) -> Setup {
+    Setup {
+        volume: volume.clone(),
+        inbox: link.register(record.id),
+        link: link.clone(),
+        commands: begin.commands,
+        stop: agent.stop_signal(),
+        record,
+        store: agent.store.clone(),
+        status: begin.status,
+    }
+}
+
+/// Begins to track the guest's writes, and finds out what the target lacks.
+fn prepare(volume: &Volume, is_fresh: bool) -> io::Result<SourceStart> {
+    if is_fresh {
+        // Writes are marked from before the holes are looked for, so that none is overlooked; and until
+        // that is done, a crash leaves a record that says that everything is lacking.
+        volume.start_tracking(None)?;
+        let data = volume.data_blocks()?;
+        volume.start_tracking(Some(&data))?;
+        return Ok(SourceStart::Fresh { data });
+    }
+    let ownership = volume.record().map(|record| record.ownership);
+    let stage = match ownership {
+        Some(Ownership::Prepared { epoch, .. }) => SourceStage::Prepared(epoch.next()),
+        Some(Ownership::Released { epoch, .. }) => SourceStage::Released(epoch),
+        _ => SourceStage::Owner,
+    };
+    let unacked = match volume.unacked()? {
+        Some(unacked) => unacked,
+        // Not known any more, after a reboot: everything may be lacking.
+        None => {
+            if stage == SourceStage::Owner {
+                volume.start_tracking(None)?;
+            }
+            BlockSet::full(volume.size().blocks())
+        }
+    };
+    Ok(SourceStart::Resume { stage, unacked })
+}
+
+/// Drops the dirty marks of a volume whose migration does not go on.
+pub(crate) fn stop_tracking(volume: &Volume) {
+    if let Err(error) = volume.stop_tracking() {
+        tracing::warn!(volume = %volume.name(), "forgetting what a target lacks failed: {error}");
+    }
+}
+
+fn policy_of(record: &MigrationRecord) -> Option<Box<dyn Policy>> {
+    let MigrateRequest {
+        strategy, compress, ..
+    } = record.request.as_ref()?;
+    choose_policy(*strategy, *compress)
+}
+
+/// Takes note of what a driver came to.
+pub(crate) async fn finish(agent: &Arc<Agent>, (record, outcome): (MigrationRecord, Outcome)) {
+    if outcome == Outcome::Paused {
+        return;
+    }
+    tracing::info!(
+        migration = %record.id, volume = %record.volume, role = ?record.role,
+        "the migration has ended: {}", record.status.phase
+    );
+    forget_surplus(agent, agent.registry.end(record)).await;
+}
+
+async fn forget_surplus(agent: &Arc<Agent>, surplus: Vec<flimcd_core::MigrationId>) {
+    let store = agent.store.clone();
+    let removed = tokio::task::spawn_blocking(move || {
+        surplus.into_iter().try_for_each(|id| store.remove(id))
+    });
+    if let Ok(Err(error)) = removed.await {
+        tracing::warn!("an old migration's record cannot be removed: {error}");
+    }
+}
+
+/// A record that ends with an error.
+pub(crate) fn ended_early(mut record: MigrationRecord, why: String) -> MigrationRecord {
+    record.status.phase = Phase::Failed;
+    record.status.error = Some(why);
+    record.status.ended_unix_ms = Some(unix_ms());
+    record
+}
+
+/// Ends a migration that could not begin, or go on.
+pub(crate) async fn fail(agent: &Arc<Agent>, record: MigrationRecord, begin: &Begin, why: String) {
+    tracing::error!(migration = %record.id, volume = %record.volume, "the migration failed: {why}");
+    let record = ended_early(record, why);
+    begin.status.send_replace(record.status.clone());
+    save(agent, record.clone()).await;
+    finish(agent, (record, Outcome::Ended)).await;
+}
+
+/// Writes a record; a failure is logged.
+pub(crate) async fn save(agent: &Arc<Agent>, record: MigrationRecord) -> bool {
+    let store = agent.store.clone();
+    let id = record.id;
+    let saved = tokio::task::spawn_blocking(move || store.save(&record)).await;
+    match saved.unwrap_or_else(|panic| Err(io::Error::other(panic))) {
+        Ok(()) => true,
+        Err(error) => {
+            tracing::error!(migration = %id, "the migration's record cannot be written: {error}");
+            false
+        }
+    }
+}
+
+impl Agent {
+    /// Tells a peer of migrations that ended here while it was not connected.
+    pub(crate) async fn say_farewells(self: &Arc<Self>, link: &Arc<PeerLink>) {
+        for mut record in self.registry.farewells(link.peer()) {
+            if link.send(record.id, Message::Cancel).await {
+                record.farewell_due = false;
+                if save(self, record.clone()).await {
+                    forget_surplus(self, self.registry.end(record)).await;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! Agents that are killed as `kill -9` does, or stopped, in every phase, and started again.
+
+use flimcd_agent::api::{ImportVolume, OwnershipState, Phase, Strategy, Switchover};
+
+use crate::{
+    guest::{Guest, content, write_sparse},
+    site::{Process, World, ended, in_phase, name, peer_table, to_beta, until},
+};
+
+const MIB: usize = 1 << 20;
+
+/// What goes down.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Down {
+    KillSource,
+    KillTarget,
+    KillBoth,
+    StopSource,
+    StopTarget,
+}
+
+impl Down {
+    fn source(self) -> bool {
+        matches!(self, Self::KillSource | Self::KillBoth | Self::StopSource)
+    }
+
+    fn target(self) -> bool {
+        matches!(self, Self::KillTarget | Self::KillBoth | Self::StopTarget)
+    }
+
+    fn is_gentle(self) -> bool {
+        matches!(self, Self::StopSource | Self::StopTarget)
+    }
+}
+
+/// Both agents as processes.
+async fn start(world: &mut World) -> (Process, Process) {
+    let target = world.target.start_process().await;
+    let listen = target.client.status().await.unwrap().listen.unwrap();
+    world.target.listen = Some(listen.clone());
+    world.source.peers = peer_table("beta", Some(&listen));
+    (world.source.start_process().await, target)
+}
+
+/// Migrates a volume under load, slowly enough to be interrupted. Once the migration is in `phase`, agents go
+/// down and are started again. The guest must never see wrong content, and the disk must arrive whole.
+async fn interrupted(down: Down, phase: Phase, strategy: Strategy) {
+    let mut world = World::new();
+    let (mut source, mut target) = start(&mut world).await;
+    let image = world.dir.path().join("disk.img");
+    let content = content(24 * MIB, 5);
+    write_sparse(&image, &content);
+    let import = ImportVolume {
+        name: name("vm"),
+        path: image,
+        tenant: None,
+    };
+    source.client.import_volume(&import).await.unwrap();
+    let sockets = [world.source.socket("vm"), world.target.socket("vm")];
+    let running = Guest::new(content, 3).start(&sockets, "vm");
+    until("the guest works", async || running.count() > 20).await;
+    let mut request = to_beta(strategy, Switchover::Manual);
+    request.bandwidth_bytes_per_sec = Some(6 << 20);
+    source.client.migrate(&name("vm"), &request).await.unwrap();
+    if phase == Phase::Precopy {
+        until("a part has arrived", async || {
+            let status = &source.client.migrations().await.unwrap()[0];
+            assert!(!status.phase.has_ended(), "{status:?}");
+            status.phase == Phase::Precopy && status.bytes_sent > 1 << 20
+        })
+        .await;
+    } else {
+        source.client.switchover(&name("vm")).await.unwrap();
+        let status = in_phase(&source.client, "vm", phase).await;
+        assert_eq!(status.phase, phase, "{status:?}");
+    }
+
+    if down.source() {
+        source.end(down.is_gentle()).await;
+    }
+    if down.target() {
+        target.end(down.is_gentle()).await;
+    }
+    if down.is_gentle() {
+        // Whoever stops gently takes its sockets along.
+        let socket = if down.source() {
+            &sockets[0]
+        } else {
+            &sockets[1]
+        };
+        assert!(!socket.exists());
+    }
+    if down.source() {
+        source = world.source.start_process().await;
+    }
+    if down.target() {
+        target = world.target.start_process().await;
+    }
+
+    if phase == Phase::Precopy {
+        source.client.switchover(&name("vm")).await.unwrap();
+    }
+    let at_source = ended(&source.client, "vm").await;
+    assert_eq!(at_source.phase, Phase::Completed, "{at_source:?}");
+    let at_target = ended(&target.client, "vm").await;
+    assert_eq!(at_target.phase, Phase::Completed, "{at_target:?}");
+    let before = running.count();
+    until("the guest works at the target", async || {
+        running.count() > before + 20
+    })
+    .await;
+    let guest = running.stop().await;
+    guest.check_all(&sockets[1], "vm");
+    let here = target.client.volume(&name("vm")).await.unwrap();
+    assert_eq!((here.ownership, here.epoch), (OwnershipState::Owner, 2));
+    source.end(true).await;
+    target.end(true).await;
+    guest.check_file(&world.target.image("vm"));
+}
+
+macro_rules! interruptions {
+    ($($name:ident: $down:ident, $phase:ident, $strategy:ident;)*) => {
+        $(
+            #[tokio::test(flavor = "multi_thread")]
+            async fn $name() {
+                interrupted(Down::$down, Phase::$phase, Strategy::$strategy).await;
+            }
+        )*
+    };
+}
+
+interruptions! {
+    source_killed_in_precopy: KillSource, Precopy, Flimcd;
+    target_killed_in_precopy: KillTarget, Precopy, Flimcd;
+    both_killed_in_precopy: KillBoth, Precopy, Flimcd;
+    source_stopped_in_precopy: StopSource, Precopy, Precopy;
+    target_stopped_in_precopy: StopTarget, Precopy, Precopy;
+    source_killed_in_postcopy: KillSource, Postcopy, Postcopy;
+    target_killed_in_postcopy: KillTarget, Postcopy, Postcopy;
+    both_killed_in_postcopy: KillBoth, Postcopy, Postcopy;
+    source_stopped_in_postcopy: StopSource, Postcopy, Postcopy;
+    target_stopped_in_postcopy: StopTarget, Postcopy, Postcopy;
+}
