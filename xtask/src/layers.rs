@@ -13,7 +13,13 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("flimcd-link", &["flimcd-core", "flimcd-wire"]),
     (
         "flimcd-lab",
-        &["flimcd-core", "flimcd-volume", "flimcd-nbd", "flimcd-link"],
+        &[
+            "flimcd-core",
+            "flimcd-wire",
+            "flimcd-volume",
+            "flimcd-nbd",
+            "flimcd-link",
+        ],
     ),
     (
         "flimcd-sim",
