@@ -28,7 +28,7 @@ pub enum ClientError {
     /// Nothing listens on the socket.
     #[error(
         "no flimcd agent is running at {}; start it with `flimcd agent --config FILE`, or name \
-         another socket with --socket", socket.display()
+         another socket with --api", socket.display()
     )]
     NotRunning {
         /// The socket that was tried.
