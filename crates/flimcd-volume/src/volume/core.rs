@@ -66,8 +66,8 @@ impl Core {
         self.rules.cancel_parked(ticket);
     }
 
-    /// Whether a trim has to be run as zeroing.
-    pub(crate) fn trims_zero(&self) -> bool {
+    /// Whether blocks may be missing: trims have to be run as zeroing then.
+    pub(crate) fn in_postcopy(&self) -> bool {
         self.rules.mode() == Mode::PostCopy
     }
 
@@ -77,7 +77,7 @@ impl Core {
         if !self.rules.has_output() && !self.draining {
             return notices;
         }
-        let trims_zero = self.trims_zero();
+        let in_postcopy = self.in_postcopy();
         while let Some((ticket, admission)) = self.rules.poll_woken() {
             let Some(inbox) = self.parked_at.remove(&ticket) else {
                 unreachable!("a parked request belongs to a port until it is cancelled");
@@ -85,7 +85,7 @@ impl Core {
             inbox.put(InboxItem::Decided {
                 ticket,
                 admission,
-                trims_zero,
+                in_postcopy,
             });
             notices.inboxes.push(inbox);
         }

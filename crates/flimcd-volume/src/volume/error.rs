@@ -65,6 +65,14 @@ pub enum VolumeError {
         /// What it has.
         found: VolumeSize,
     },
+    /// What an earlier agent wrote cannot be made durable.
+    #[error("the image {} cannot be synced: {source}; put the disk in order and start the agent again", path.display())]
+    Sync {
+        /// The image.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
     /// Guests are connected.
     #[error("{connections} guest connections to volume {name} are open: stop the guests first")]
     InUse {

@@ -10,11 +10,15 @@ use std::{
 
 use flimcd_core::{Epoch, MigrationId, VolumeId, VolumeName, VolumeSize};
 
-use super::{SharedCore, Volume, VolumeError, source::Unacked, target::SyncHealth};
+use super::{
+    SharedCore, Volume, VolumeError,
+    source::Unacked,
+    target::{MissingFiles, SyncHealth},
+};
 use crate::{
     device::{BlockDevice, FileDevice, OpenOptions},
     rules::{Mode, Rules},
-    state::{BitmapFile, Ownership, StateDir, VolumeRecord, VolumesDir},
+    state::{Ownership, StateDir, VolumeRecord, VolumesDir},
 };
 
 /// A volume to be made.
@@ -37,7 +41,7 @@ pub struct NewVolume {
 /// The files of a volume that has durable state.
 pub(super) struct Durable {
     state: Mutex<StateDir>,
-    pub(super) missing: Mutex<Option<BitmapFile>>,
+    pub(super) missing: Mutex<Option<MissingFiles>>,
     pub(super) unacked: Unacked,
 }
 
@@ -46,7 +50,7 @@ impl Durable {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn missing(&self) -> MutexGuard<'_, Option<BitmapFile>> {
+    pub(super) fn missing(&self) -> MutexGuard<'_, Option<MissingFiles>> {
         self.missing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -197,9 +201,9 @@ impl Volume {
         let record = state.record();
         let (mut rules, mut missing) = (Rules::new(record.size, mode_of(&record.ownership)), None);
         if let Ownership::Arriving { epoch, .. } = record.ownership {
-            let file = state.open_missing(epoch)?;
-            rules.start_postcopy(file.load()?);
-            missing = Some(file);
+            let (files, set) = MissingFiles::open(&state, epoch, || device.sync_data())?;
+            rules.start_postcopy(set);
+            missing = Some(files);
         }
         let unacked = match record.ownership {
             Ownership::Owner { .. } | Ownership::Prepared { .. } => {

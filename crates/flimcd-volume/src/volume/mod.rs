@@ -7,6 +7,8 @@
 mod core;
 mod error;
 mod lifecycle;
+#[cfg(test)]
+mod restart_tests;
 mod source;
 mod target;
 

@@ -5,13 +5,57 @@ use std::{
     sync::atomic::{AtomicBool, Ordering},
 };
 
-use flimcd_core::{BlockRange, BlockSet};
+use flimcd_core::{BlockRange, BlockSet, Epoch};
 
-use super::Volume;
+use super::{Volume, VolumeError};
 use crate::{
-    rules::{ApplyPlan, FlushPlan, FlushStep, Outcome},
-    state::{BitmapFile, Ownership},
+    rules::{ApplyPlan, FlushPlan, FlushStep, Mode, Outcome},
+    state::{BitmapFile, Ownership, StateDir, StateError},
 };
+
+/// The missing set in both its forms; see the state module.
+pub(super) struct MissingFiles {
+    durable: BitmapFile,
+    now: BitmapFile,
+}
+
+impl MissingFiles {
+    fn create(state: &StateDir, epoch: Epoch, missing: &BlockSet) -> Result<Self, StateError> {
+        Ok(Self {
+            now: state.create_missing_now(epoch, missing)?,
+            durable: state.create_missing(epoch, missing)?,
+        })
+    }
+
+    /// Opens what an earlier agent left, and returns what is missing. Where an agent of this boot left more than is
+    /// durable, that is made durable first: `sync_data` and then the set.
+    pub(super) fn open(
+        state: &StateDir,
+        epoch: Epoch,
+        sync_data: impl FnOnce() -> io::Result<()>,
+    ) -> Result<(Self, BlockSet), VolumeError> {
+        let durable = state.open_missing(epoch)?;
+        let missing = durable.load()?;
+        let Some(now) = state.open_missing_now(epoch)? else {
+            let now = state.create_missing_now(epoch, &missing)?;
+            return Ok((Self { durable, now }, missing));
+        };
+        let mut present = missing.clone();
+        let missing = now.load()?;
+        present.subtract(&missing);
+        if !present.is_empty() {
+            sync_data().map_err(|source| VolumeError::Sync {
+                path: state.record().image.clone(),
+                source,
+            })?;
+            for run in present.runs() {
+                durable.clear(run)?;
+            }
+            durable.sync()?;
+        }
+        Ok((Self { durable, now }, missing))
+    }
+}
 
 /// Content that arrived.
 #[derive(Clone, Copy, Debug)]
@@ -58,11 +102,19 @@ impl Volume {
                 format!("content for {range:?} does not fit the blocks"),
             ));
         }
-        let mut plan = self.core.change(|core| core.rules.begin_apply(range));
+        let (mut plan, mode) = self
+            .core
+            .change(|core| (core.rules.begin_apply(range), core.rules.mode()));
         if plan.wait {
             plan = self.core.wait_for_apply(plan.token);
         }
-        let result = self.write_plan(&plan, data);
+        let mut result = self.write_plan(&plan, data);
+        if result.is_ok() && mode == Mode::PostCopy {
+            result = plan
+                .write
+                .iter()
+                .try_for_each(|run| self.note_present(*run));
+        }
         let outcome = if result.is_ok() {
             Outcome::Done
         } else {
@@ -136,10 +188,25 @@ impl Volume {
         };
         // The lock keeps two flushes from changing the bits of one byte at the same time.
         let missing = durable.missing();
-        if let Some(bitmap) = &*missing {
+        if let Some(files) = &*missing {
             for run in present.runs() {
-                bitmap.clear(run)?;
+                files.durable.clear(run)?;
             }
+        }
+        Ok(())
+    }
+
+    /// Notes, for the case that this process dies, that the data of these blocks has been written. To be called before the
+    /// rules hear of it and so before anybody can see the blocks.
+    pub(crate) fn note_present(&self, blocks: BlockRange) -> io::Result<()> {
+        let Some(durable) = &self.durable else {
+            return Ok(());
+        };
+        if !self.core.lock().rules.missing().intersects(blocks) {
+            return Ok(());
+        }
+        if let Some(files) = &*durable.missing() {
+            files.now.clear(blocks)?;
         }
         Ok(())
     }
@@ -149,7 +216,10 @@ impl Volume {
             return Ok(());
         };
         // On a descriptor of its own, so that nobody waits for this sync to write presence.
-        let bitmap = durable.missing().as_ref().map(BitmapFile::try_clone);
+        let bitmap = durable
+            .missing()
+            .as_ref()
+            .map(|files| files.durable.try_clone());
         if let Some(bitmap) = bitmap {
             bitmap?.sync()?;
         }
@@ -173,8 +243,8 @@ impl Volume {
         };
         self.sync()?;
         if let Some(durable) = &self.durable {
-            let bitmap = durable.state().create_missing(epoch, &missing)?;
-            *durable.missing() = Some(bitmap);
+            let files = MissingFiles::create(&durable.state(), epoch, &missing)?;
+            *durable.missing() = Some(files);
         }
         self.store_ownership(ownership)?;
         self.start_postcopy(missing);
