@@ -5,7 +5,11 @@ use flimcd_sim::{SimOptions, run, run_range};
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let number = |at: usize, or| args.get(at).and_then(|text| text.parse().ok()).unwrap_or(or);
+    let number = |at: usize, or| {
+        args.get(at)
+            .and_then(|text| text.parse().ok())
+            .unwrap_or(or)
+    };
     let (from, to) = (number(0, 0), number(1, 100));
     let mut options = SimOptions {
         faults: args.get(3).is_none_or(|text| text != "quiet"),

@@ -23,9 +23,9 @@ impl World {
             let record = &self.hosts[site.index()].record;
             [record.durable, record.visible]
         };
-        let both = records(Site::Source)
-            .iter()
-            .any(|source| source.owns() && records(Site::Target).iter().any(|target| target.owns()));
+        let both = records(Site::Source).iter().any(|source| {
+            source.owns() && records(Site::Target).iter().any(|target| target.owns())
+        });
         if both {
             let source = self.hosts[0].record;
             let target = self.hosts[1].record;
@@ -97,7 +97,11 @@ impl World {
             target.record.visible,
             target.rules.missing_count(),
             self.guest.at,
-            if self.guest.is_idle() { "has all its answers" } else { "waits for answers" },
+            if self.guest.is_idle() {
+                "has all its answers"
+            } else {
+                "waits for answers"
+            },
         )
     }
 
@@ -111,11 +115,15 @@ impl World {
         if self.plan.faults.power_at_the_end {
             let kept = self.plan.faults.kept_permille;
             self.cover("power loss at the end");
-            self.hosts[owner.index()].disk.lose_power(&mut self.dice, kept);
+            self.hosts[owner.index()]
+                .disk
+                .lose_power(&mut self.dice, kept);
             self.model.lose_power();
         }
         if let Err(wrong) = self.model.check(self.hosts[owner.index()].image()) {
-            self.fail(format!("the image at the {owner} is wrong in the end: {wrong}"));
+            self.fail(format!(
+                "the image at the {owner} is wrong in the end: {wrong}"
+            ));
         }
     }
 
@@ -125,10 +133,14 @@ impl World {
             .filter(|site| self.hosts[site.index()].serves())
             .collect();
         if serving != [owner] {
-            self.fail(format!("in the end {serving:?} serve the guest, not the {owner}"));
+            self.fail(format!(
+                "in the end {serving:?} serve the guest, not the {owner}"
+            ));
         }
         if !self.hosts[owner.index()].record.durable.owns() {
-            self.fail(format!("in the end the {owner}'s record does not say that it owns the volume"));
+            self.fail(format!(
+                "in the end the {owner}'s record does not say that it owns the volume"
+            ));
         }
         if owner == Site::Target && self.hosts[owner.index()].rules.mode() != Mode::Owner {
             self.fail("a complete volume still works as if blocks were missing".to_owned());

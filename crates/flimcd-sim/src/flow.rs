@@ -115,7 +115,10 @@ impl World {
             Flow::Refuse(epoch) => {
                 let record = self.host(site).record.visible;
                 let refused = record.refused.max(Some(epoch));
-                (Flow::Refuse(epoch), Io::Record(Record { refused, ..record }))
+                (
+                    Flow::Refuse(epoch),
+                    Io::Record(Record { refused, ..record }),
+                )
             }
             Flow::Complete(epoch) => {
                 let io = self.record_of(site, Stage::Complete(epoch));
@@ -182,16 +185,20 @@ impl World {
                 }
             }
             (Flow::BecomeOwner { epoch, .. }, Err(error)) => {
-                return self.target_input(move |machine, now| machine.handle_owner(now, epoch, Err(error)));
+                return self.target_input(move |machine, now| {
+                    machine.handle_owner(now, epoch, Err(error))
+                });
             }
             (Flow::Refuse(epoch), result) => {
-                return self.target_input(move |machine, now| machine.handle_refused(now, epoch, result));
+                return self
+                    .target_input(move |machine, now| machine.handle_refused(now, epoch, result));
             }
             (Flow::Complete(_), result) => {
                 if result.is_ok() {
                     self.host(site).rules.finish_postcopy();
                 }
-                return self.target_input(move |machine, now| machine.handle_completed(now, result));
+                return self
+                    .target_input(move |machine, now| machine.handle_completed(now, result));
             }
             (Flow::Discard, Ok(())) => return,
             // Nobody waits for it: again, until it is recorded.
@@ -211,7 +218,9 @@ impl World {
             AfterFlush::Complete(epoch) => match result {
                 Ok(()) => self.start_flow(site, Flow::Complete(epoch)),
                 Err(error) => {
-                    self.target_input(move |machine, now| machine.handle_completed(now, Err(error)));
+                    self.target_input(move |machine, now| {
+                        machine.handle_completed(now, Err(error))
+                    });
                 }
             },
         }

@@ -22,7 +22,10 @@ pub(crate) struct RequestId(pub(crate) u64);
 pub(crate) enum Kind {
     Read,
     /// `durable`: with FUA.
-    Write { stamp: u64, durable: bool },
+    Write {
+        stamp: u64,
+        durable: bool,
+    },
     Zero,
     Trim,
     Flush,
@@ -115,7 +118,11 @@ impl World {
         }
         let (low, high) = self.plan.guest.think_us;
         // A guest that never rests would keep some strategies from ever being ready.
-        let rest = if self.now > self.plan.faults.quiet_at { 4 } else { 1 };
+        let rest = if self.now > self.plan.faults.quiet_at {
+            4
+        } else {
+            1
+        };
         let next = after(self.now, &mut self.dice, low * rest, high * rest);
         self.at(next, Event::GuestNext);
         if self.guest.running && self.guest.requests.len() < self.plan.guest.depth {
@@ -132,7 +139,11 @@ impl World {
         let (start, read) = match kind {
             Kind::Read => (0, Some(self.model.begin_read(range))),
             Kind::Flush => (self.model.now(), None),
-            _ => (self.model.begin_write(self.effect(kind, range), kind.stamp()), None),
+            _ => (
+                self.model
+                    .begin_write(self.effect(kind, range), kind.stamp()),
+                None,
+            ),
         };
         let id = self.guest.insert(Request {
             kind,
@@ -146,7 +157,11 @@ impl World {
 
     /// The bytes that a request changes.
     fn effect(&self, kind: Kind, range: ByteRange) -> ByteRange {
-        if kind == Kind::Trim { trimmed(range, self.plan.size) } else { range }
+        if kind == Kind::Trim {
+            trimmed(range, self.plan.size)
+        } else {
+            range
+        }
     }
 
     fn guest_kind(&mut self) -> Kind {
@@ -325,5 +340,9 @@ impl World {
 }
 
 fn describe(range: ByteRange) -> String {
-    format!("sectors {}..{}", range.start / SECTOR, range.end.div_ceil(SECTOR))
+    format!(
+        "sectors {}..{}",
+        range.start / SECTOR,
+        range.end.div_ceil(SECTOR)
+    )
 }

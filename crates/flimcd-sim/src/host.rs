@@ -266,7 +266,8 @@ impl Host {
             work.sectors = Some(self.disk.unsynced());
         }
         if self.plan.write_back_permille > 0 && writes_content {
-            self.disk.write_back_some(dice, self.plan.write_back_permille);
+            self.disk
+                .write_back_some(dice, self.plan.write_back_permille);
         }
         self.next_work += 1;
         self.works.insert(self.next_work, work);
@@ -314,7 +315,11 @@ impl Host {
         let mut work = self.works.remove(&id)?;
         if work.fails {
             let no_space = self.full;
-            let text = if no_space { "no space left" } else { "input/output error" };
+            let text = if no_space {
+                "no space left"
+            } else {
+                "input/output error"
+            };
             let error = DiskError {
                 no_space,
                 text: text.to_owned(),
@@ -414,7 +419,10 @@ impl Host {
     pub(crate) fn data_blocks(&self) -> BlockSet {
         let mut set = BlockSet::new(self.size.blocks());
         for block in self.size.all_blocks().iter() {
-            if self.disk.has_data(BlockRange::single(block).bytes(self.size)) {
+            if self
+                .disk
+                .has_data(BlockRange::single(block).bytes(self.size))
+            {
                 set.insert(block);
             }
         }

@@ -86,14 +86,22 @@ impl std::fmt::Display for Wrong {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let block = self.sector / 8;
         match self.got {
-            Some(stamp) => write!(f, "sector {} (block {block}) has the content of write {stamp}", self.sector)?,
+            Some(stamp) => write!(
+                f,
+                "sector {} (block {block}) has the content of write {stamp}",
+                self.sector
+            )?,
             None => write!(
                 f,
                 "sector {} (block {block}) has content that no write ever left there",
                 self.sector
             )?,
         }
-        write!(f, "; it may have that of {:?} (0: zeroes, 1: the image's first content)", self.allowed)
+        write!(
+            f,
+            "; it may have that of {:?} (0: zeroes, 1: the image's first content)",
+            self.allowed
+        )
     }
 }
 
@@ -164,7 +172,9 @@ impl Model {
                 reading.range.end.min(range.end),
             );
             if !both.is_empty() {
-                reading.allowed.extend(sectors(both).map(|sector| (sector, stamp)));
+                reading
+                    .allowed
+                    .extend(sectors(both).map(|sector| (sector, stamp)));
             }
         }
         start
@@ -251,8 +261,14 @@ impl Model {
         open.volatile.retain(|entry| fact.leaves(entry));
         // What was there when the power came back is on the medium.
         let old = |entry: &Entry| entry.end.is_some_and(|end| end <= power_lost);
-        if open.durable.iter().filter(|e| e.stamp == fact.stamp).all(old) {
-            open.durable.retain(|entry| entry.stamp == fact.stamp || !old(entry));
+        if open
+            .durable
+            .iter()
+            .filter(|e| e.stamp == fact.stamp)
+            .all(old)
+        {
+            open.durable
+                .retain(|entry| entry.stamp == fact.stamp || !old(entry));
         }
         if open.volatile.len() > 1 || open.durable.len() > 1 {
             open.facts.push(fact);
@@ -369,7 +385,10 @@ mod tests {
         let start = model.begin_write(RANGE, 5);
         let early = model.begin_read(RANGE);
         model.end_write(RANGE, 5, start, true);
-        assert!(model.end_read(early, &sector(0)).is_ok(), "it began before the end");
+        assert!(
+            model.end_read(early, &sector(0)).is_ok(),
+            "it began before the end"
+        );
         assert!(!read(&mut model, 0));
         assert!(read(&mut model, 5));
     }

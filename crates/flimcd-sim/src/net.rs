@@ -125,7 +125,11 @@ impl Net {
         let direction = &mut self.directions[from.index()];
         let mut filled = (0..LANES).filter(|&lane| !direction.lanes[lane].waiting.is_empty());
         // Nearly always the most urgent lane; the kernel's sockets know nothing of urgency.
-        let lane = if fair { filled.next_back() } else { filled.next() };
+        let lane = if fair {
+            filled.next_back()
+        } else {
+            filled.next()
+        };
         let Some(lane) = lane else {
             direction.busy = false;
             return None;
@@ -172,7 +176,9 @@ impl Net {
 
     /// The next message of a lane arrives; `None` when it is lost.
     pub(crate) fn arrive(&mut self, from: Site, lane: usize, now: Time) -> Option<Parcel> {
-        let (_, parcel) = self.directions[from.index()].lanes[lane].flying.pop_front()?;
+        let (_, parcel) = self.directions[from.index()].lanes[lane]
+            .flying
+            .pop_front()?;
         let to = from.other().index();
         (self.up[to] && now <= self.cut[to]).then_some(parcel)
     }

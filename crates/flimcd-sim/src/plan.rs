@@ -99,7 +99,11 @@ impl Plan {
             1 => dice.between(1, 7) * 512,
             _ => 0,
         };
-        let cut = if (BLOCK_SIZE - cut) % 512 >= 32 { cut } else { cut / 512 * 512 };
+        let cut = if (BLOCK_SIZE - cut) % 512 >= 32 {
+            cut
+        } else {
+            cut / 512 * 512
+        };
         let size = VolumeSize::new(blocks * BLOCK_SIZE - cut).expect("a size in range");
         let quiet_at = at(dice.micros(200_000, 6_000_000));
         Self {
@@ -156,9 +160,17 @@ impl Plan {
         let moment = |dice: &mut Dice| Time(dice.below(quiet_at.0));
         OperatorPlan {
             switch_at: moment(dice),
-            switch: if dice.permille(700) { Switchover::WhenReady } else { Switchover::Now },
+            switch: if dice.permille(700) {
+                Switchover::WhenReady
+            } else {
+                Switchover::Now
+            },
             cancel_at: dice.permille(150).then(|| {
-                let site = if dice.permille(800) { Site::Source } else { Site::Target };
+                let site = if dice.permille(800) {
+                    Site::Source
+                } else {
+                    Site::Target
+                };
                 (moment(dice), site)
             }),
         }

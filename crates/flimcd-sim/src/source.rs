@@ -142,12 +142,22 @@ impl World {
             }
         }
         self.source.busy = false;
-        let timer = self.source.machine.as_ref().and_then(SourceMachine::poll_timeout);
+        let timer = self
+            .source
+            .machine
+            .as_ref()
+            .and_then(SourceMachine::poll_timeout);
         if let Some(at) = timer
             && self.source.timer != Some(at)
         {
             let life = self.host(Site::Source).life;
-            self.at(at.max(self.now), Event::Timer { site: Site::Source, life });
+            self.at(
+                at.max(self.now),
+                Event::Timer {
+                    site: Site::Source,
+                    life,
+                },
+            );
         }
         self.source.timer = timer;
     }
@@ -173,7 +183,10 @@ impl World {
             Message::Blocks(blocks) => {
                 if let Some(block) = self.resend.sent(blocks) {
                     let seq = blocks.seq;
-                    self.fail(format!("block {} arrived and is sent again, in {seq:?}", block.0));
+                    self.fail(format!(
+                        "block {} arrived and is sent again, in {seq:?}",
+                        block.0
+                    ));
                 }
             }
             Message::Switch { stale, .. } => {
@@ -254,7 +267,11 @@ impl World {
         self.host(Site::Source).rules.end_send(range);
         let result = result.map(|bytes| {
             let encoders = &mut self.encoders;
-            let encoder = if compress { &mut encoders.packed } else { &mut encoders.raw };
+            let encoder = if compress {
+                &mut encoders.packed
+            } else {
+                &mut encoders.raw
+            };
             let encoded = encoder.encode(range, &bytes);
             (encoded.entries, encoded.payload)
         });
@@ -307,6 +324,7 @@ impl World {
                 SourcePhase::Switching => "source Switching",
                 SourcePhase::PostCopy => "source PostCopy",
                 SourcePhase::Retiring => "source Retiring",
+                SourcePhase::Returning => "source Returning",
                 SourcePhase::Completed => "source Completed",
                 SourcePhase::Cancelled => "source Cancelled",
                 SourcePhase::Failed => "source Failed",

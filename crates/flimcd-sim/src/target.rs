@@ -8,7 +8,9 @@ use flimcd_migrate::{
     ApplyId, TargetAction, TargetConfig, TargetEvent, TargetMachine, TargetPhase, TargetStart,
 };
 use flimcd_volume::rules::{ApplyToken, Mode, Rules};
-use flimcd_wire::{Class, Message, TargetStage};
+use flimcd_wire::{
+    Accept, Class, ErrorCode, Message, SeqRuns, SourceStage, TargetStage, WireError,
+};
 
 use crate::{
     flow::{AfterFlush, Flow, TakeOver},
@@ -55,7 +57,11 @@ impl World {
         let host = self.host(Site::Target);
         let record = host.start();
         let complete = matches!(record.stage, Stage::Complete(_));
-        let mode = if complete { Mode::Owner } else { Mode::Incoming };
+        let mode = if complete {
+            Mode::Owner
+        } else {
+            Mode::Incoming
+        };
         host.rules = Rules::new(size, mode);
         if matches!(record.stage, Stage::Arriving(_)) {
             let of_boot = host.missing_of_boot.clone();
@@ -89,20 +95,47 @@ impl World {
 
     /// A message for the target arrives.
     pub(crate) fn target_message(&mut self, message: Message) {
-        if self.target.machine.is_none() && matches!(message, Message::Open(_)) {
+        if self.target.machine.is_none() {
             let record = self.host(Site::Target).record.visible;
-            match record.stage {
-                Stage::None => {
+            match (&message, record.stage) {
+                (_, Stage::Gone) => return self.answer_ended(&message),
+                (Message::Open(_), Stage::None) => {
                     self.host(Site::Target).set_stage(Stage::Incoming);
                     self.make_target(TargetStart::Fresh);
                 }
-                _ => self.resume_target(record),
+                (Message::Open(_), _) => self.resume_target(record),
+                _ => {}
             }
         }
         if let Message::Blocks(blocks) = &message {
             self.resend.delivered(blocks.seq);
         }
         self.target_input(|machine, now| machine.handle_message(now, message));
+    }
+
+    /// A source asks about a migration that ended here before a restart: only the tombstone knows of it.
+    fn answer_ended(&mut self, message: &Message) {
+        let send = |world: &mut Self, message| {
+            world.transmit(Site::Target, Class::Control, message);
+        };
+        match message {
+            Message::Open(open) => {
+                if matches!(open.stage, SourceStage::Prepared(_)) {
+                    let accept = Accept {
+                        incarnation: self.dice.next(),
+                        received: SeqRuns::default(),
+                        stage: TargetStage::Incoming,
+                    };
+                    send(self, Message::Accept(accept));
+                }
+                let error = WireError::new(ErrorCode::CANCELLED, "it has ended at the target");
+                send(self, Message::Failed(error));
+            }
+            Message::Switch { epoch, .. } | Message::CancelSwitch { epoch } => {
+                send(self, Message::SwitchRefused { epoch: *epoch });
+            }
+            _ => {}
+        }
     }
 
     /// Calls the machine and does everything that follows.
@@ -125,12 +158,22 @@ impl World {
             }
         }
         self.target.busy = false;
-        let timer = self.target.machine.as_ref().and_then(TargetMachine::poll_timeout);
+        let timer = self
+            .target
+            .machine
+            .as_ref()
+            .and_then(TargetMachine::poll_timeout);
         if let Some(at) = timer
             && self.target.timer != Some(at)
         {
             let life = self.host(Site::Target).life;
-            self.at(at.max(self.now), Event::Timer { site: Site::Target, life });
+            self.at(
+                at.max(self.now),
+                Event::Timer {
+                    site: Site::Target,
+                    life,
+                },
+            );
         }
         self.target.timer = timer;
     }

@@ -100,7 +100,11 @@ impl World {
 
     /// The I/O of a guest's request ended.
     fn guest_io_done(&mut self, site: Site, request: RequestId, ticket: Ticket, result: Done) {
-        let outcome = if result.is_ok() { Outcome::Done } else { Outcome::Failed };
+        let outcome = if result.is_ok() {
+            Outcome::Done
+        } else {
+            Outcome::Failed
+        };
         self.host(site).rules.finish(ticket, outcome);
         self.host(site).note_missing();
         let Some((kind, range)) = self.guest.what(request) else {
@@ -218,7 +222,9 @@ impl World {
     fn run_apply(&mut self, plan: &ApplyPlan) {
         let (token, size) = (plan.token, self.plan.size);
         let Some(apply) = self.target.applies.get_mut(&token) else {
-            return self.fail(format!("an apply became ready that nobody began: {token:?}"));
+            return self.fail(format!(
+                "an apply became ready that nobody began: {token:?}"
+            ));
         };
         let (id, entry) = (apply.id, apply.entry);
         apply.left = plan.write.len();
@@ -272,7 +278,11 @@ impl World {
         let Some(apply) = self.target.applies.remove(&token) else {
             return;
         };
-        let outcome = if apply.failed { Outcome::Failed } else { Outcome::Done };
+        let outcome = if apply.failed {
+            Outcome::Failed
+        } else {
+            Outcome::Done
+        };
         let host = self.host(Site::Target);
         host.rules.end_apply(token, outcome);
         host.note_missing();

@@ -63,32 +63,64 @@ impl fmt::Display for Site {
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Event {
     /// I/O of a process ended.
-    Io { site: Site, life: u64, id: u64 },
+    Io {
+        site: Site,
+        life: u64,
+        id: u64,
+    },
     /// The wire is free.
-    Depart { from: Site, generation: u64 },
+    Depart {
+        from: Site,
+        generation: u64,
+    },
     /// A message arrives.
-    Arrive { from: Site, lane: usize, generation: u64 },
-    LinkUp { site: Site, generation: u64 },
-    LinkDown { site: Site, generation: u64 },
+    Arrive {
+        from: Site,
+        lane: usize,
+        generation: u64,
+    },
+    LinkUp {
+        site: Site,
+        generation: u64,
+    },
+    LinkDown {
+        site: Site,
+        generation: u64,
+    },
     /// The agents try to connect.
     Connect,
     /// A machine's timer.
-    Timer { site: Site, life: u64 },
-    DirtyPoll { life: u64 },
-    Estimate { life: u64 },
+    Timer {
+        site: Site,
+        life: u64,
+    },
+    DirtyPoll {
+        life: u64,
+    },
+    Estimate {
+        life: u64,
+    },
     StartMigration,
-    AgentStarts { site: Site },
+    AgentStarts {
+        site: Site,
+    },
     GuestNext,
     GuestConnect,
     GuestMove,
     /// The operator grants the switch, again and again.
     Grant,
-    Cancel { site: Site },
+    Cancel {
+        site: Site,
+    },
     Fault,
     /// A link that flaps goes down once more.
-    Flap { left: u32 },
+    Flap {
+        left: u32,
+    },
     /// A disk works again.
-    DiskHeals { site: Site },
+    DiskHeals {
+        site: Site,
+    },
     /// Faults are over.
     Quiet,
 }
@@ -278,7 +310,10 @@ impl World {
             Event::Timer { site, life } if self.lives(site, life) => self.timer(site),
             Event::DirtyPoll { life } if self.lives(Site::Source, life) => self.dirty_poll(life),
             Event::Estimate { life } if self.lives(Site::Source, life) => self.tell_estimate(life),
-            Event::Io { .. } | Event::Timer { .. } | Event::DirtyPoll { .. } | Event::Estimate { .. } => {}
+            Event::Io { .. }
+            | Event::Timer { .. }
+            | Event::DirtyPoll { .. }
+            | Event::Estimate { .. } => {}
             Event::Depart { from, generation } => self.depart(from, generation),
             Event::Arrive {
                 from,

@@ -259,6 +259,14 @@ impl Flights {
         stale
     }
 
+    /// Numbers of the messages that the link has.
+    pub(super) fn sent(&self) -> SeqSet {
+        let sent = |(seq, flight): (&Seq, &Flight)| {
+            (flight.stage == Stage::Sent).then_some((seq.0, seq.0 + 1))
+        };
+        self.flights.iter().filter_map(sent).collect()
+    }
+
     /// Flights of `range`'s blocks that can still be made urgent, and the blocks in no flight.
     pub(super) fn split_demand(&self, range: BlockRange) -> (Vec<Seq>, Vec<BlockRange>) {
         let mut rest = BlockSet::new(self.blocks.capacity());

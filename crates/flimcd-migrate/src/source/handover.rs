@@ -14,7 +14,7 @@ use flimcd_core::{BlockSet, Epoch, Time};
 use flimcd_wire::{ErrorCode, Message, SeqRuns, TargetStage, WireError, split_set};
 
 use super::{
-    Cancel, LinkState, SourceAction, SourceEvent, SourceMachine, SourcePhase, SourceRecord,
+    Cancel, LinkState, RETRY, SourceAction, SourceEvent, SourceMachine, SourcePhase, SourceRecord,
     Switchover,
 };
 use crate::DiskError;
@@ -47,6 +47,7 @@ impl SourceMachine {
                 self.handle_complete(now);
             }
             (SourcePhase::Completed, _) => self.control_message(Message::Finished),
+            (SourcePhase::Returning, _) => {}
             (phase, TargetStage::Incoming) if phase < SourcePhase::Switching => {}
             (_, stage) => self.protocol_error(&format!(
                 "it stands at {stage:?} although the source offered epoch {offered}"
@@ -88,7 +89,7 @@ impl SourceMachine {
         self.persist(SourceRecord::Prepared(self.offered_epoch()));
     }
 
-    fn persist(&mut self, record: SourceRecord) {
+    pub(super) fn persist(&mut self, record: SourceRecord) {
         self.actions.push_back(SourceAction::Persist(record));
     }
 
@@ -119,6 +120,13 @@ impl SourceMachine {
                 self.events.push_back(SourceEvent::Completed);
                 self.control_message(Message::Finished);
             }
+            (SourceRecord::Owner, Ok(())) if self.phase == SourcePhase::Returning => self.end(),
+            (SourceRecord::Owner, Err(error)) if self.phase == SourcePhase::Returning => {
+                self.note(format!(
+                    "cannot record that the migration has ended, trying again: {error}"
+                ));
+                self.persist_retry = Some((now + RETRY, record));
+            }
             (_, Ok(())) => {}
             (record, Err(error)) => {
                 // The target owns the volume whatever this record says; a restart asks it.
@@ -146,6 +154,7 @@ impl SourceMachine {
             parts: count,
             missing_blocks: missing.count(),
             stale: SeqRuns(stale),
+            in_flight: SeqRuns(self.flights.sent()),
         });
     }
 
@@ -241,7 +250,10 @@ impl SourceMachine {
             SourcePhase::PostCopy | SourcePhase::Retiring => {
                 self.note("the target owns the volume already; the migration cannot be cancelled");
             }
-            SourcePhase::Completed | SourcePhase::Cancelled | SourcePhase::Failed => {}
+            SourcePhase::Returning
+            | SourcePhase::Completed
+            | SourcePhase::Cancelled
+            | SourcePhase::Failed => {}
         }
     }
 
@@ -251,20 +263,28 @@ impl SourceMachine {
         }
     }
 
-    /// The guest is served here again, and the migration is over.
+    /// The migration is over, and the guest stays: at once where it was not stopped for good, else when the
+    /// record says so.
     fn back_to_owner(&mut self) {
-        if matches!(
-            self.phase,
-            SourcePhase::Stopping
-                | SourcePhase::Draining
-                | SourcePhase::Preparing
-                | SourcePhase::Switching
-        ) {
-            self.actions.push_back(SourceAction::Thaw);
+        match self.phase {
+            SourcePhase::Stopping | SourcePhase::Draining => {
+                self.actions.push_back(SourceAction::Thaw);
+            }
+            SourcePhase::Preparing | SourcePhase::Switching => self.thaw_due = true,
+            _ => {}
         }
-        self.persist(SourceRecord::Owner);
         self.urgent.clear();
         self.bulk.clear();
+        self.set_phase(SourcePhase::Returning);
+        self.persist(SourceRecord::Owner);
+    }
+
+    /// The record says that the migration is over.
+    fn end(&mut self) {
+        if std::mem::take(&mut self.thaw_due) {
+            self.actions.push_back(SourceAction::Thaw);
+        }
+        // Not before: the target may forget it now.
         if self.link != LinkState::Down {
             self.control.push_back(Message::Cancel);
         }

@@ -3,7 +3,7 @@
 //! ```text
 //!  Connecting ─► PreCopy ─► Stopping ─► [Draining] ─► Preparing ─► Switching ─► PostCopy ─► Retiring ─► Completed
 //!      │            │           │            │             │            │
-//!      └────────────┴───────────┴────────────┴──── cancel or failure ───┴─► Cancelled / Failed
+//!      └────────────┴───────────┴────────────┴──── cancel or failure ───┴─► Returning ─► Cancelled / Failed
 //! ```
 //! * **Connecting**: the target has not answered yet. **PreCopy**: content goes over as the policy
 //!   chooses, the guest runs. Ready when the policy says so; goes on when the switch is also granted.
@@ -13,6 +13,9 @@
 //!   From here on the guest comes back to the source only if the target durably refuses.
 //! * **PostCopy**: the target owns the volume; the source pushes and answers demands from the frozen
 //!   image. **Retiring**: the target has everything.
+//! * **Returning**: the migration ends here, as soon as the record says so durably. A guest that was
+//!   stopped for the switch runs again only then: otherwise a crash would bring the offer back, and with it
+//!   a target that takes over without what the guest wrote since.
 //!
 //! A link that breaks changes no phase. After `handle_link_up` the machine sends `Open` and nothing else until
 //! the target's `Accept` says what it has.
@@ -67,6 +70,10 @@ pub struct SourceMachine {
     next_tick: Option<Time>,
     /// Reading failed; not before this time again.
     read_retry: Option<Time>,
+    /// The guest is stopped, and has to be served again once the record allows it.
+    thaw_due: bool,
+    /// The record could not be written; not before this time again.
+    persist_retry: Option<(Time, SourceRecord)>,
     progress: SourceProgress,
 }
 
@@ -128,6 +135,8 @@ impl SourceMachine {
             events: VecDeque::new(),
             next_tick: Some(now + TICK),
             read_retry: None,
+            thaw_due: false,
+            persist_retry: None,
             config,
             policy,
         };
@@ -210,7 +219,7 @@ impl SourceMachine {
         };
         if matches!(self.phase, SourcePhase::Cancelled | SourcePhase::Failed) {
             self.control.push_back(Message::Cancel);
-        } else {
+        } else if self.phase != SourcePhase::Returning {
             self.control.push_back(Message::Open(Open {
                 volume: self.config.volume,
                 name: self.config.name.clone(),
@@ -321,6 +330,9 @@ impl SourceMachine {
     pub fn handle_timeout(&mut self, now: Time) {
         if self.next_tick.is_some_and(|at| at <= now) {
             self.next_tick = (!self.phase.is_final()).then(|| now + TICK);
+        }
+        if let Some((_, record)) = self.persist_retry.take_if(|(at, _)| *at <= now) {
+            self.persist(record);
         }
         self.advance(now);
     }

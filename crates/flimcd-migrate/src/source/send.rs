@@ -69,6 +69,9 @@ impl SourceMachine {
 
     /// Content was read.
     pub(super) fn queue(&mut self, blocks: Blocks) {
+        if self.phase == SourcePhase::Returning || self.phase.is_final() {
+            return;
+        }
         let Some(flight) = self.flights.get_mut(blocks.seq) else {
             return;
         };

@@ -72,7 +72,9 @@ pub enum SourceAction {
     Freeze,
     /// Serve the guest again. Done at once.
     Thaw,
-    /// Make the record say this, durably, and answer with `handle_persisted`.
+    /// Make the record say this, durably, and answer with `handle_persisted`. Before `Prepared` the image is
+    /// synced: after the switch a power loss here must not take content that only this site has. Marks and the
+    /// record of unacknowledged blocks are kept until `Owner` is durable.
     Persist(SourceRecord),
     /// Refuse guest I/O for good: the volume has moved. Done at once.
     Release,
@@ -111,6 +113,7 @@ pub enum SourcePhase {
     Switching,
     PostCopy,
     Retiring,
+    Returning,
     Completed,
     Cancelled,
     Failed,

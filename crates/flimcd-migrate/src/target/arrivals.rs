@@ -7,12 +7,17 @@ use flimcd_wire::Blocks;
 
 use super::{ApplyId, SYNC_BYTES, SYNC_INTERVAL, SyncId};
 
+/// Messages whose blocks are remembered: as many as a source has on its way at the most, if each had one block.
+const LATEST_MAX: usize = 32 * 1024;
+
 #[derive(Debug, Default)]
 pub(super) struct Arrivals {
     /// Run of the source machine that the numbers belong to.
     incarnation: Option<u64>,
     /// Numbers that have arrived, from the oldest one on that the source may ask about.
     received: SeqSet,
+    /// The blocks of the latest of them, for the switch.
+    latest: BTreeMap<Seq, Vec<BlockRange>>,
     /// Numbers that must be dropped if they come.
     stale: SeqSet,
     /// Being written. Kept whole so that writing can be tried again.
@@ -44,8 +49,9 @@ impl Arrivals {
         !self.applying.is_empty()
     }
 
-    /// The source has said who it is, and below which number everything is settled.
-    pub(super) fn open(&mut self, incarnation: u64, oldest_unacked: Seq) {
+    /// The source has said who it is, and below which number everything is settled. True when it is
+    /// another run than before.
+    pub(super) fn open(&mut self, incarnation: u64, oldest_unacked: Seq) -> bool {
         if self.incarnation != Some(incarnation) {
             let (next_apply, next_sync) = (self.next_apply, self.next_sync);
             let incarnation = Some(incarnation);
@@ -55,7 +61,7 @@ impl Arrivals {
                 next_sync,
                 ..Self::default()
             };
-            return;
+            return true;
         }
         self.received.remove_below(oldest_unacked);
         // Acknowledgements may have been lost with the link. All that is settled is said again.
@@ -69,6 +75,7 @@ impl Arrivals {
         for seq in open {
             self.not_yet(seq);
         }
+        false
     }
 
     /// This has arrived and is not written: not to be acknowledged.
@@ -93,8 +100,36 @@ impl Arrivals {
     }
 
     /// A message has come. False when it must be dropped.
-    pub(super) fn receive(&mut self, seq: Seq) -> bool {
-        !self.stale.contains(seq) && self.received.insert(seq)
+    pub(super) fn receive(&mut self, blocks: &Blocks) -> bool {
+        let seq = blocks.seq;
+        if self.stale.contains(seq) || !self.received.insert(seq) {
+            return false;
+        }
+        let mut runs: Vec<BlockRange> = Vec::with_capacity(1);
+        for range in blocks.ranges() {
+            match runs.last_mut() {
+                Some(last) if last.end == range.start => last.end = range.end,
+                _ => runs.push(range),
+            }
+        }
+        self.latest.insert(seq, runs);
+        if self.latest.len() > LATEST_MAX {
+            self.latest.pop_first();
+        }
+        true
+    }
+
+    /// Calls back with the blocks of those of `seqs` that have arrived. Very old ones may be left out.
+    pub(super) fn arrived_of(&self, seqs: &SeqSet, mut arrived: impl FnMut(BlockRange)) {
+        for (start, end) in seqs.runs() {
+            for run in self
+                .latest
+                .range(Seq(start)..Seq(end))
+                .flat_map(|(_, runs)| runs)
+            {
+                arrived(*run);
+            }
+        }
     }
 
     /// Begins to write.

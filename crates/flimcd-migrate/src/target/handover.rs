@@ -1,6 +1,6 @@
 //! Taking the volume over, or durably refusing to.
 
-use flimcd_core::{BlockSet, Epoch};
+use flimcd_core::{BlockSet, Epoch, SeqSet};
 use flimcd_wire::{ErrorCode, Message, SetPart, WireError};
 
 use super::{TargetAction, TargetEvent, TargetMachine, TargetPhase};
@@ -45,7 +45,13 @@ impl TargetMachine {
         }
     }
 
-    pub(super) fn handle_switch(&mut self, epoch: Epoch, parts: u32, missing_blocks: u64) {
+    pub(super) fn handle_switch(
+        &mut self,
+        epoch: Epoch,
+        parts: u32,
+        missing_blocks: u64,
+        in_flight: &SeqSet,
+    ) {
         if self.phase.owns() {
             if self.epoch == Some(epoch) {
                 self.tell_source(Message::SwitchDone { epoch });
@@ -71,6 +77,11 @@ impl TargetMachine {
             return;
         }
         offer.whole = true;
+        if let Some(offer) = &mut self.offer {
+            self.arrivals.arrived_of(in_flight, |run| {
+                offer.missing.remove_range(run);
+            });
+        }
         self.set_phase(TargetPhase::Switching);
     }
 

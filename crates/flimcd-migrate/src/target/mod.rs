@@ -21,7 +21,7 @@ mod types;
 
 use std::{collections::VecDeque, time::Duration};
 
-use flimcd_core::{BlockRange, BlockSet, Epoch, Time, limits};
+use flimcd_core::{BlockRange, BlockSet, Epoch, SeqSet, Time, limits};
 use flimcd_wire::{
     Accept, Blocks, Class, ErrorCode, Message, Open, Runs, SeqRuns, SourceStage, TargetReport,
     TargetStage, WireError,
@@ -51,6 +51,8 @@ pub struct TargetMachine {
     phase: TargetPhase,
     epoch: Option<Epoch>,
     refused: Option<Epoch>,
+    /// Could not be recorded as refused; tried again at the next tick.
+    refuse_again: Option<Epoch>,
     /// The source has confirmed that it needs nothing more.
     finished: bool,
     link_up: bool,
@@ -83,6 +85,7 @@ impl TargetMachine {
             phase: TargetPhase::Incoming,
             epoch: None,
             refused: None,
+            refuse_again: None,
             finished: false,
             link_up: false,
             accepted: false,
@@ -135,7 +138,7 @@ impl TargetMachine {
     pub fn is_final(&self) -> bool {
         match self.phase {
             TargetPhase::Complete => self.finished,
-            TargetPhase::Cancelled | TargetPhase::Failed => true,
+            TargetPhase::Cancelled | TargetPhase::Failed => self.refuse_again.is_none(),
             _ => false,
         }
     }
@@ -196,9 +199,10 @@ impl TargetMachine {
                 parts,
                 missing_blocks,
                 stale,
+                in_flight,
             } => {
                 self.arrivals.drop_stale(&stale.0);
-                self.handle_switch(epoch, parts, missing_blocks);
+                self.handle_switch(epoch, parts, missing_blocks, &in_flight.0);
             }
             Message::CancelSwitch { epoch } => self.handle_cancel_switch(epoch),
             Message::Failed(error) => self.note(format!("the source reports: {error}")),
@@ -280,7 +284,10 @@ impl TargetMachine {
                 self.tell_source(Message::SwitchRefused { epoch });
             }
             // Without a durable refusal nothing may be said; the source waits and a person sees why.
-            Err(error) => self.note(format!("cannot record the refusal: {error}")),
+            Err(error) => {
+                self.note(format!("cannot record the refusal, trying again: {error}"));
+                self.refuse_again = Some(epoch);
+            }
         }
         self.advance(now);
     }
@@ -469,6 +476,9 @@ impl TargetMachine {
         for blocks in self.arrivals.take_retries() {
             self.apply(blocks);
         }
+        if let Some(epoch) = self.refuse_again.take() {
+            self.actions.push_back(TargetAction::Refuse { epoch });
+        }
         if self.phase != TargetPhase::PostCopy || !self.accepted {
             return;
         }
@@ -506,6 +516,10 @@ impl TargetMachine {
         if matches!(self.phase, TargetPhase::Cancelled | TargetPhase::Failed) {
             let text = "this migration has ended at the target; start a new one";
             let error = WireError::new(ErrorCode::CANCELLED, text);
+            // A source that has offered the volume needs more than words: it may ask for it back now.
+            if matches!(open.stage, SourceStage::Prepared(_)) {
+                self.accept(SeqSet::new());
+            }
             return self.control.push_back(Message::Failed(error));
         }
         if open.size != self.config.size {
@@ -515,16 +529,14 @@ impl TargetMachine {
             self.waiting_open = Some(open);
             return;
         }
-        self.arrivals.open(open.incarnation, open.oldest_unacked);
+        if self.arrivals.open(open.incarnation, open.oldest_unacked) {
+            // Numbers of the source's last run mean nothing any more, and it sends their content again.
+            self.held.clear();
+        }
         for blocks in &self.held {
             self.arrivals.not_yet(blocks.seq);
         }
-        self.accepted = true;
-        self.control.push_back(Message::Accept(Accept {
-            incarnation: self.config.incarnation,
-            received: SeqRuns(self.arrivals.received().clone()),
-            stage: self.stage(),
-        }));
+        self.accept(self.arrivals.received().clone());
         let durable = self.arrivals.durable().clone();
         if !durable.is_empty() {
             self.control.push_back(Message::Durable {
@@ -540,6 +552,15 @@ impl TargetMachine {
         }
     }
 
+    fn accept(&mut self, received: SeqSet) {
+        self.accepted = true;
+        self.control.push_back(Message::Accept(Accept {
+            incarnation: self.config.incarnation,
+            received: SeqRuns(received),
+            stage: self.stage(),
+        }));
+    }
+
     fn handle_blocks(&mut self, now: Time, blocks: Blocks) {
         if blocks
             .ranges()
@@ -550,12 +571,12 @@ impl TargetMachine {
         self.last_arrival = now;
         match self.phase {
             TargetPhase::Incoming | TargetPhase::PostCopy => {
-                if self.arrivals.receive(blocks.seq) {
+                if self.arrivals.receive(&blocks) {
                     self.apply(blocks);
                 }
             }
             TargetPhase::Switching | TargetPhase::Refusing => {
-                if self.arrivals.receive(blocks.seq) {
+                if self.arrivals.receive(&blocks) {
                     self.held.push(blocks);
                 }
             }
