@@ -1,5 +1,5 @@
 //! Measures the WAN emulators: `cargo run --release -p flimcd-lab --example wan -- 8`. The argument
-//! is the seconds of each run; the TUN router needs root.
+//! is the seconds of each run; the TUN router needs root. A second argument `relay` leaves it out.
 
 use std::time::Duration;
 
@@ -21,6 +21,7 @@ fn main() {
         .and_then(|text| text.parse().ok())
         .unwrap_or(8);
     let duration = Duration::from_secs(seconds);
+    let is_relay_only = std::env::args().nth(2).is_some_and(|text| text == "relay");
     let columns = [
         ("front end", Align::Left),
         ("link", Align::Left),
@@ -42,6 +43,9 @@ fn main() {
     };
     for link in LINKS {
         add(measure_relay(parse(link), duration));
+        if is_relay_only {
+            continue;
+        }
         for loss in ["", ",loss=0.1%"] {
             for congestion_control in ["bbr", "cubic"] {
                 let model = parse(&format!("{link}{loss}"));

@@ -123,13 +123,14 @@ impl Link {
     /// empty queue takes any packet, so that a small queue never blocks for ever.
     #[must_use]
     pub fn room_at(&self, len: u64) -> Time {
-        let limit = self.model.queue_limit_bytes().saturating_sub(len);
-        let drain = self.model.transmission(limit);
-        Time(
-            self.free_at
-                .0
-                .saturating_sub(u64::try_from(drain.as_nanos()).unwrap_or(u64::MAX)),
-        )
+        self.drained_at(self.model.queue_limit_bytes().saturating_sub(len))
+    }
+
+    /// From when on no more than `bytes` wait, if nothing is added.
+    #[must_use]
+    pub fn drained_at(&self, bytes: u64) -> Time {
+        let drain = u64::try_from(self.model.transmission(bytes).as_nanos()).unwrap_or(u64::MAX);
+        Time(self.free_at.0.saturating_sub(drain))
     }
 
     /// Decides about a packet of `len` bytes that arrives at `now`.

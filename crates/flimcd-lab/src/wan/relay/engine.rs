@@ -28,6 +28,13 @@ use crate::wan::{Link, LinkModel, Side, Verdict};
 const TICK: Duration = Duration::from_micros(200);
 /// Longest sleep: only commands and new connections wake an idle relay earlier.
 const IDLE: Duration = Duration::from_secs(5);
+/// What the link holds ahead at least while there is something to send, so that it never idles
+/// between two looks.
+const LEAD: Duration = Duration::from_millis(1);
+/// Bytes are taken this much faster than the link carries them, in per cent, and so the queue fills.
+const FILL_PERCENT: u64 = 1;
+/// How much of its turn a late look may make up for.
+const CREDIT: Duration = Duration::from_millis(5);
 /// Vectors kept for reuse.
 const SPARE_BUFFERS_MAX: usize = 256;
 /// On its way at most, per direction, whatever the rate and delay say.
@@ -47,6 +54,35 @@ struct Direction {
     on_the_way_bytes: u64,
     /// Connection that was served last: the next one has its turn first.
     last_served: u64,
+    /// When the next bytes may be taken, beyond what keeps the link busy.
+    take_at: Time,
+}
+
+impl Direction {
+    /// Bytes read at once: about a tick's worth.
+    fn portion(&self) -> u64 {
+        (self.link.model().rate_bytes_per_sec() / 4000).clamp(1448, 64 << 10)
+    }
+
+    /// From when on a portion may be read.
+    fn room_at(&self) -> Time {
+        let portion = self.portion();
+        let model = self.link.model();
+        let lead = model.rate_bytes_per_sec() / 1000 * u64::from(LEAD.subsec_millis());
+        let limit = model.queue_limit_bytes().saturating_sub(portion);
+        let keeps_busy = self.link.drained_at(lead.min(limit));
+        keeps_busy.min(self.take_at.max(self.link.room_at(portion)))
+    }
+
+    /// `len` bytes were taken at `now`.
+    fn took(&mut self, now: Time, len: u64) {
+        let turn = self
+            .link
+            .model()
+            .transmission(len * 100 / (100 + FILL_PERCENT));
+        let earliest = Time(now.0.saturating_sub(u64::from(CREDIT.subsec_nanos())));
+        self.take_at = self.take_at.max(earliest) + turn;
+    }
 }
 
 pub(super) struct Engine {
@@ -88,6 +124,7 @@ impl Engine {
             on_the_way: VecDeque::new(),
             on_the_way_bytes: 0,
             last_served: 0,
+            take_at: Time::ZERO,
         };
         Self {
             start: Instant::now(),
@@ -210,7 +247,7 @@ impl Engine {
                 next = next.min(*at);
             }
             if self.conns.values().any(|conn| conn.wants_read(side, now)) {
-                next = next.min(direction.link.room_at(self.portion(side)));
+                next = next.min(direction.room_at());
             }
         }
         for conn in self.conns.values() {
@@ -332,10 +369,10 @@ impl Engine {
     fn receive(&mut self, from: Side) {
         loop {
             let now = self.now();
-            let portion = self.portion(from);
             let direction = &self.directions[from.index()];
-            let is_full = direction.link.room_at(portion) > now
-                || direction.on_the_way_bytes >= IN_FLIGHT_BYTES_MAX;
+            let portion = direction.portion();
+            let is_full =
+                direction.room_at() > now || direction.on_the_way_bytes >= IN_FLIGHT_BYTES_MAX;
             if is_full {
                 return;
             }
@@ -363,6 +400,7 @@ impl Engine {
     fn send(&mut self, from: Side, number: u64, segment: Segment) {
         let now = self.now();
         let direction = &mut self.directions[from.index()];
+        direction.took(now, segment.len());
         // A relayable link drops nothing but what finds no room. Data is only read when there is
         // room for a whole portion, and an end of data must get through, so it has no length.
         let at = match direction.link.offer(now, segment.len()) {
@@ -375,15 +413,6 @@ impl Engine {
             .map_or(at, |(last, ..)| at.max(*last));
         direction.on_the_way_bytes += segment.len();
         direction.on_the_way.push_back((at, number, segment));
-    }
-
-    /// Bytes read at once: about a tick's worth.
-    fn portion(&self, from: Side) -> u64 {
-        let rate = self.directions[from.index()]
-            .link
-            .model()
-            .rate_bytes_per_sec();
-        (rate / 4000).clamp(1448, 64 << 10)
     }
 
     fn publish(&mut self) {

@@ -10,6 +10,11 @@
 //! that want to send take turns in small portions, as packets of several senders would mix in a
 //! router, and what is in the queue leaves first in, first out.
 //!
+//! The kernel acknowledges bytes to their sender when the relay takes them, and not, as over a real
+//! link, when they arrive. To a sender that measures what is delivered, a queue that fills at once
+//! would look like a faster link. So bytes are taken hardly faster than the link carries them: the
+//! queue of a saturated link fills by one per cent of the rate, and delivery looks as it should.
+//!
 //! **What it cannot model.** Loss and reordering: TCP has repaired both before the relay sees a
 //! byte; [`Relay::start`] ignores them and [`Relay::cannot_model`] says so. Headers do not count:
 //! the rate is one of payload. The kernel's `TCP_INFO` at either end describes the loopback, not
