@@ -27,7 +27,7 @@ pub(crate) fn run(args: &AgentArgs) -> anyhow::Result<ExitCode> {
         .enable_all()
         .build()
         .context("the runtime cannot be started")?
-        .block_on(async { drop(config); anyhow::bail!("wip") })?;
+        .block_on(flimcd_agent::run(config))?;
     Ok(ExitCode::SUCCESS)
 }
 
