@@ -21,7 +21,7 @@ pub(crate) enum InboxItem {
         ticket: Ticket,
         admission: Admission,
         /// Whether a trim has to be run as zeroing.
-        trims_zero: bool,
+        in_postcopy: bool,
     },
 }
 

@@ -189,9 +189,8 @@ impl GuestPort {
                         ticket,
                         newly_dirty,
                     } => {
-                        let zero = core.trims_zero();
-                        let slot =
-                            slots.insert(InFlight::data(request, range, Stage::Io(ticket), zero));
+                        let (stage, in_postcopy) = (Stage::Io(ticket), core.in_postcopy());
+                        let slot = slots.insert(InFlight::data(request, range, stage, in_postcopy));
                         admitted.push(Admitted { slot, newly_dirty });
                     }
                     Admission::Parked { ticket } => {
@@ -214,14 +213,14 @@ impl GuestPort {
             let InboxItem::Decided {
                 ticket,
                 admission,
-                trims_zero,
+                in_postcopy,
             } = message;
             let slot = self.slots.unpark(ticket);
             match admission {
                 Admission::Go { newly_dirty, .. } => {
                     let request = self.slots.get_mut(slot);
                     request.stage = Stage::Io(ticket);
-                    request.trim_zeroes = trims_zero;
+                    request.in_postcopy = in_postcopy;
                     self.admitted.push(Admitted { slot, newly_dirty });
                 }
                 Admission::Parked { .. } => unreachable!("a decision is not to park again"),
@@ -272,6 +271,15 @@ impl GuestPort {
     fn complete(&mut self, done: &mut Vec<IoDone>) {
         if done.is_empty() {
             return;
+        }
+        for IoDone { id, result, .. } in done.iter_mut() {
+            #[expect(clippy::cast_possible_truncation, reason = "ids are slot numbers")]
+            let request = self.slots.get_mut(*id as usize);
+            if result.is_ok()
+                && let Some(blocks) = request.may_become_present(self.volume.size())
+            {
+                *result = self.volume.note_present(blocks);
+            }
         }
         let (slots, replies) = (&mut self.slots, &mut self.replies);
         let mut synced = Vec::new();

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use flimcd_core::ByteRange;
+use flimcd_core::{BlockRange, ByteRange, VolumeSize};
 
 use super::{GuestError, GuestReply, GuestRequest, RequestKind, start};
 use crate::{
@@ -30,8 +30,8 @@ pub(super) struct InFlight {
     kind: RequestKind,
     pub(super) range: ByteRange,
     pub(super) fua: bool,
-    /// Whether a trim is run as zeroing.
-    pub(super) trim_zeroes: bool,
+    /// Whether it was admitted in post-copy: a trim is run as zeroing then, and a write may make blocks present.
+    pub(super) in_postcopy: bool,
     pub(super) stage: Stage,
     pub(super) buf: IoBuf,
 }
@@ -41,7 +41,7 @@ impl InFlight {
         request: GuestRequest,
         range: ByteRange,
         stage: Stage,
-        trim_zeroes: bool,
+        in_postcopy: bool,
     ) -> Self {
         let writes = !matches!(request.kind, RequestKind::Read | RequestKind::Cache);
         Self {
@@ -49,7 +49,7 @@ impl InFlight {
             kind: request.kind,
             range,
             fua: request.fua && writes,
-            trim_zeroes,
+            in_postcopy,
             stage,
             buf: request.buf,
         }
@@ -62,7 +62,7 @@ impl InFlight {
             kind: request.kind,
             range: ByteRange::new(0, 0),
             fua: false,
-            trim_zeroes: false,
+            in_postcopy: false,
             stage: Stage::Sync(plan),
             buf: request.buf,
         }
@@ -74,7 +74,7 @@ impl InFlight {
             RequestKind::Read => IoKind::Read,
             RequestKind::Write => IoKind::Write,
             RequestKind::WriteZeroes { punch } => IoKind::WriteZeroes { punch },
-            RequestKind::Trim if self.trim_zeroes => IoKind::WriteZeroes { punch: true },
+            RequestKind::Trim if self.in_postcopy => IoKind::WriteZeroes { punch: true },
             RequestKind::Trim => IoKind::Discard,
             RequestKind::Flush => IoKind::Sync,
             RequestKind::Cache => return None,
@@ -90,6 +90,16 @@ impl InFlight {
             length: self.range.len(),
             buf,
         })
+    }
+
+    /// The blocks that its I/O, now that it is done, may make present.
+    pub(super) fn may_become_present(&self, size: VolumeSize) -> Option<BlockRange> {
+        let writes = matches!(
+            self.kind,
+            RequestKind::Write | RequestKind::WriteZeroes { .. } | RequestKind::Trim
+        );
+        let is_candidate = self.in_postcopy && writes && matches!(self.stage, Stage::Io(_));
+        is_candidate.then(|| self.range.blocks_covered(size))
     }
 
     pub(super) fn reply(self, result: Result<(), GuestError>) -> GuestReply {

@@ -24,6 +24,8 @@ const PIECE: u64 = 64 * 1024;
 pub enum BitmapKind {
     /// Its content is not here, in this epoch.
     Missing(Epoch),
+    /// The same as of this moment, for as long as the machine runs.
+    MissingNow(Epoch),
     /// The target of a migration may lack its content.
     Unacked,
 }
@@ -280,6 +282,7 @@ fn header(kind: BitmapKind, volume: VolumeId, size: VolumeSize) -> io::Result<Ve
     let (number, epoch, boot) = match kind {
         BitmapKind::Missing(epoch) => (1u32, epoch.0, [0; 36]),
         BitmapKind::Unacked => (2, 0, boot_id()?),
+        BitmapKind::MissingNow(epoch) => (3, epoch.0, boot_id()?),
     };
     bytes.extend_from_slice(MAGIC);
     bytes.extend_from_slice(&VERSION.to_le_bytes());

@@ -124,6 +124,10 @@ impl VolumesDir {
         }
         let lock = take_lock(&path)?;
         let record = read_record(&path)?;
+        // An agent that was killed may have got as far as the rename: what is read here may not be durable yet, and
+        // whoever acts on it must not find the older record after a power loss.
+        sync_file(&path.join(RECORD))?;
+        sync_dir(&path)?;
         if record.name != *name {
             let why = format!("it is the record of {}", record.name);
             return Err(StateError::damaged(&path.join(RECORD), why));
@@ -156,6 +160,7 @@ impl VolumesDir {
 const RECORD: &str = "record";
 const LOCK: &str = "lock";
 const MISSING: &str = "missing";
+const MISSING_NOW: &str = "missing-now";
 const UNACKED: &str = "unacked";
 
 /// The directory of one volume, locked.
@@ -238,6 +243,29 @@ impl StateDir {
             .ok_or_else(|| StateError::damaged(&path, "it is not there"))
     }
 
+    /// Starts the missing set as of each moment, beside the durable one.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn create_missing_now(
+        &self,
+        epoch: flimcd_core::Epoch,
+        set: &BlockSet,
+    ) -> Result<BitmapFile, StateError> {
+        self.create_bitmap(MISSING_NOW, BitmapKind::MissingNow(epoch), set)
+    }
+
+    /// The missing set as an agent of this boot left it; `None` when there was none.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn open_missing_now(
+        &self,
+        epoch: flimcd_core::Epoch,
+    ) -> Result<Option<BitmapFile>, StateError> {
+        self.open_bitmap(MISSING_NOW, BitmapKind::MissingNow(epoch))
+    }
+
     /// Starts a record of unacknowledged blocks.
     ///
     /// # Errors
@@ -254,11 +282,12 @@ impl StateDir {
         self.open_bitmap(UNACKED, BitmapKind::Unacked)
     }
 
-    /// Removes the missing set.
+    /// Removes the missing set in both forms.
     ///
     /// # Errors
     /// When the system refuses.
     pub fn remove_missing(&self) -> Result<(), StateError> {
+        remove_file(&self.path.join(MISSING_NOW))?;
         remove_file(&self.path.join(MISSING))
     }
 
@@ -314,6 +343,12 @@ fn read_record(dir: &Path) -> Result<VolumeRecord, StateError> {
         return Err(StateError::damaged(&path, "it is too long"));
     }
     VolumeRecord::decode(&fs::read(&path).map_err(fail())?, &path)
+}
+
+fn sync_file(path: &Path) -> Result<(), StateError> {
+    File::open(path)
+        .and_then(|file| file.sync_all())
+        .map_err(StateError::io("syncing", path))
 }
 
 fn sync_dir(path: &Path) -> Result<(), StateError> {

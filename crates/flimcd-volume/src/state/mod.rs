@@ -5,7 +5,8 @@
 //!   NAME/           one volume
 //!     lock          locked (flock) while an agent has the volume open
 //!     record        who owns the volume, where its image is: replaced atomically
-//!     missing       target in post-copy: which blocks are not here; changed in place
+//!     missing       target in post-copy: which blocks are durably not here; changed in place
+//!     missing-now   target in post-copy: which blocks are not here at the moment; changed in place
 //!     unacked       source of a migration: which blocks the target may lack; changed in place
 //!   .new-NAME/      a volume being made: removed at the next start
 //!   .delete-NAME/   a volume being removed with its image: finished at the next start
@@ -26,6 +27,10 @@
 //! - `missing`: bits only go from missing (1) to present (0), and only after the block's data is durable. So any mix of old and new
 //!   sectors is a true state: a block may be called missing that is present, and is then fetched again, which is harmless
 //!   because it was not flushed; never the other way round. The file is complete and durable before the record says that it counts.
+//! - `missing-now`: bits are cleared as soon as a block is present, before the guest hears of its write or sees what was
+//!   fetched. When only the agent dies, the kernel still has both the data and these bits, and a write that was acknowledged
+//!   is not fetched over. When the machine dies the file is thrown away like `unacked`, and `missing` counts. An agent that
+//!   starts with it makes the data durable and brings `missing` up to date before it serves anybody.
 //! - `unacked`: bits are set before the guest's write is submitted. When the agent dies, the kernel still
 //!   has every byte that was handed to it. When the machine dies, the file may be older than the image: the header has
 //!   the boot's id, and a file of another boot is thrown away. Everything counts as unacknowledged then.
@@ -39,16 +44,16 @@
 //! | 16 | 4 | CRC-32C of bytes 0 to 16 and the payload |
 //! | 20 | length | payload: JSON of [`VolumeRecord`] |
 //!
-//! # Byte table of `missing` and `unacked`
+//! # Byte table of `missing`, `missing-now` and `unacked`
 //! | offset | bytes | what |
 //! | --- | --- | --- |
 //! | 0 | 8 | `FLIMBITS` |
 //! | 8 | 4 | version of the format, 1 |
-//! | 12 | 4 | 1 missing, 2 unacked |
+//! | 12 | 4 | 1 missing, 2 unacked, 3 missing-now |
 //! | 16 | 16 | id of the volume |
 //! | 32 | 8 | size of the volume in bytes |
-//! | 40 | 8 | `missing`: the epoch it belongs to; `unacked`: 0 |
-//! | 48 | 36 | `unacked`: the boot's id as text; `missing`: zero |
+//! | 40 | 8 | `missing`, `missing-now`: the epoch it belongs to; `unacked`: 0 |
+//! | 48 | 36 | `unacked`, `missing-now`: the boot's id as text; `missing`: zero |
 //! | 84 | 4 | CRC-32C of bytes 0 to 84 |
 //! | 88 | 4008 | zero |
 //! | 4096 | ⌈blocks/8⌉ | block b is bit b mod 8, from the lowest, of byte b div 8 |

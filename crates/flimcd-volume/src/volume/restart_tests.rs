@@ -91,7 +91,7 @@ fn an_acknowledged_write_is_not_fetched_over_after_the_agent_was_killed() {
     drop(volume);
 
     // The restart has made it durable: it holds without the file of this boot as well.
-    std::fs::remove_file(dir.path().join("state/volumes/vm/missing-now")).unwrap();
+    std::fs::remove_file(dir.path().join("state/vm/missing-now")).unwrap();
     assert_eq!(reopen(&volumes).missing_count(), BLOCKS - 2);
 }
 
@@ -99,7 +99,7 @@ fn an_acknowledged_write_is_not_fetched_over_after_the_agent_was_killed() {
 fn after_a_reboot_only_what_was_flushed_counts() {
     let dir = tempfile::tempdir().unwrap();
     let volumes = target(&dir);
-    let now = dir.path().join("state/volumes/vm/missing-now");
+    let now = dir.path().join("state/vm/missing-now");
     std::fs::remove_file(&now).unwrap();
     let volume = reopen(&volumes);
     assert_eq!(volume.missing_count(), BLOCKS);
