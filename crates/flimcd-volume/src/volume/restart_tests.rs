@@ -19,7 +19,7 @@ const BLOCKS: u64 = 8;
 
 /// A target after the switch with every block missing, in which block 2 was written by the guest and block 5 fetched.
 fn target(dir: &TempDir) -> VolumesDir {
-    let volumes = VolumesDir::open(&dir.path().join("state")).unwrap();
+    let volumes = VolumesDir::open(dir.path().join("state")).unwrap();
     let (migration, peer) = (MigrationId(1), "a".parse().unwrap());
     let new = NewVolume {
         id: VolumeId(7),
