@@ -64,7 +64,6 @@ fn volumes_of_any_size_move_with_every_byte() {
             .run(&["volume", "import", name, image.to_str().unwrap()])
             .ok();
         for strategy in ["precopy", "postcopy", "flimcd"] {
-            // There, with the strategy, and back with the default one.
             let (from, to, site) = (&source, &target, "lisbon");
             let said = from.run(&[
                 "migrate",
@@ -86,6 +85,10 @@ fn volumes_of_any_size_move_with_every_byte() {
                 read_all(&mut connect(to, name)) == before,
                 "{name}, {strategy}"
             );
+            // The server sees that a connection was closed a moment after it was.
+            until("the guest's leave", || {
+                (volume(to, name)["guest_connections"] == 0).then_some(())
+            });
             to.run(&["volume", "remove", name, "--delete-image"]).ok();
             from.run(&["volume", "remove", name]).ok();
             from.run(&["volume", "import", name, image.to_str().unwrap()])
