@@ -4,7 +4,7 @@
 //! - [`image`]: disk images with realistic content from a seed.
 //! - [`load`]: a guest load that checks every byte it reads.
 //! - [`trace`]: recorded disk traces as loads.
-//! - [`bench`]: benchmarks that compare side by side.
+//! - [`mod@bench`]: benchmarks that compare side by side.
 //! - [`report`]: figures for people and scripts.
 
 pub mod bench;
