@@ -122,12 +122,17 @@ impl World {
 
     fn stop_agent(&mut self, site: Site) {
         match site {
-            Site::Source => self.source = SourceAgent::default(),
-            Site::Target => self.target = TargetAgent::default(),
+            Site::Source => {
+                self.source = SourceAgent::default();
+                self.resend.restart();
+            }
+            Site::Target => {
+                self.target = TargetAgent::default();
+                self.resend.forget();
+            }
         }
         self.net.up[site.index()] = false;
         self.break_link();
-        self.resend.forget();
         let back = after(self.now, &mut self.dice, 5_000, 1_500_000);
         self.at(back, Event::AgentStarts { site });
     }

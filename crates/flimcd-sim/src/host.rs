@@ -8,7 +8,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use bytes::Bytes;
-use flimcd_core::{BLOCK_SIZE, BlockRange, BlockSet, ByteRange, Epoch, Seq, Time, VolumeSize};
+use flimcd_core::{BlockRange, BlockSet, ByteRange, Epoch, Seq, Time, VolumeSize};
 use flimcd_migrate::{ApplyId, DiskError};
 use flimcd_volume::rules::{ApplyToken, Mode, Rules, Ticket};
 
@@ -19,7 +19,6 @@ use crate::{
     flow::Flow,
     guest::RequestId,
     plan::DiskPlan,
-    world::Site,
 };
 
 /// What the durable record of a volume says.
@@ -172,7 +171,6 @@ enum Part {
 
 /// See the module.
 pub(crate) struct Host {
-    pub(crate) site: Site,
     pub(crate) size: VolumeSize,
     plan: DiskPlan,
     /// Counts processes.
@@ -201,9 +199,8 @@ pub(crate) struct Host {
 }
 
 impl Host {
-    pub(crate) fn new(site: Site, size: VolumeSize, plan: DiskPlan, mode: Mode) -> Self {
+    pub(crate) fn new(size: VolumeSize, plan: DiskPlan, mode: Mode) -> Self {
         Self {
-            site,
             size,
             plan,
             life: 1,
@@ -458,9 +455,6 @@ pub(crate) fn trimmed(range: ByteRange, size: VolumeSize) -> ByteRange {
     }
     covered.bytes(size)
 }
-
-/// Blocks as bytes.
-pub(crate) const BLOCK_LEN: u64 = BLOCK_SIZE;
 
 /// Time after `now` in microseconds.
 pub(crate) fn after(now: Time, dice: &mut Dice, low_us: u64, high_us: u64) -> Time {

@@ -1,7 +1,7 @@
 //! Checks that no block which arrived is sent again because of a mere link break.
 //!
-//! Every block has a version that grows when a guest's write to it starts and when it ends. A message carries the versions
-//! that were current when it was read. When a version has been delivered, it need not be sent again, unless somebody lost
+//! Every block has a version that grows when a guest's write to it starts and when it ends; in between it has none. A message
+//! carries the versions that were current when it was read. When a version has been delivered, it need not be sent again, unless somebody lost
 //! it: whoever crashes or has a disk error makes the check start over.
 
 use std::collections::BTreeMap;
@@ -11,6 +11,8 @@ use flimcd_wire::Blocks;
 
 pub(crate) struct Resend {
     versions: Vec<u32>,
+    /// Writes under way.
+    writing: Vec<u32>,
     delivered: Vec<Option<u32>>,
     read: BTreeMap<Seq, Vec<(BlockIndex, u32)>>,
 }
@@ -20,23 +22,43 @@ impl Resend {
         let blocks = crate::disk::index(size.blocks());
         Self {
             versions: vec![0; blocks],
+            writing: vec![0; blocks],
             delivered: vec![None; blocks],
             read: BTreeMap::new(),
         }
     }
 
-    /// A guest's write to these bytes starts or ends.
-    pub(crate) fn written(&mut self, range: ByteRange) {
-        for block in range.blocks_touched().iter() {
-            self.versions[crate::disk::index(block.0)] += 1;
+    /// A guest's write to these bytes starts.
+    pub(crate) fn write_starts(&mut self, range: ByteRange) {
+        for block in range
+            .blocks_touched()
+            .iter()
+            .map(|b| crate::disk::index(b.0))
+        {
+            self.versions[block] += 1;
+            self.writing[block] += 1;
         }
     }
 
-    /// The source reads blocks for a message.
+    /// A guest's write to these bytes ends.
+    pub(crate) fn write_ends(&mut self, range: ByteRange) {
+        for block in range
+            .blocks_touched()
+            .iter()
+            .map(|b| crate::disk::index(b.0))
+        {
+            self.versions[block] += 1;
+            self.writing[block] -= 1;
+        }
+    }
+
+    /// The source reads blocks for a message. What is being written has no version that would do for good.
     pub(crate) fn read(&mut self, seq: Seq, range: BlockRange) {
+        let at = |block: BlockIndex| crate::disk::index(block.0);
         let versions = range
             .iter()
-            .map(|block| (block, self.versions[crate::disk::index(block.0)]))
+            .filter(|&block| self.writing[at(block)] == 0)
+            .map(|block| (block, self.versions[at(block)]))
             .collect();
         self.read.insert(seq, versions);
     }
@@ -73,6 +95,7 @@ impl Resend {
     /// The source begins to number its messages anew.
     pub(crate) fn restart(&mut self) {
         self.forget();
+        self.writing.fill(0);
         self.read.clear();
     }
 }

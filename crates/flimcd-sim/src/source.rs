@@ -84,7 +84,7 @@ impl World {
         let policy = policy::by_name(self.plan.strategy).expect("a strategy that there is");
         self.trace(|| format!("source machine: {start:?}"));
         self.source.machine = Some(SourceMachine::new(config, policy, start, self.now));
-        self.resend.restart();
+
         let life = self.host(Site::Source).life;
         self.at(self.now, Event::DirtyPoll { life });
         self.at(self.now, Event::Estimate { life });

@@ -89,7 +89,7 @@ impl World {
             Kind::Trim | Kind::Flush => Io::Nothing,
         };
         if kind.writes() && site == Site::Source {
-            self.resend.written(range);
+            self.resend.write_starts(range);
             if newly_dirty {
                 // In the page cache before the write is submitted.
                 self.host(site).unacked.insert_range(range.blocks_touched());
@@ -111,7 +111,7 @@ impl World {
             return self.fail(format!("{request:?} ended after it was given up"));
         };
         if kind.writes() && site == Site::Source {
-            self.resend.written(range);
+            self.resend.write_ends(range);
         }
         match (kind, result) {
             (Kind::Write { durable: true, .. }, Ok(_)) => {

@@ -180,7 +180,7 @@ impl World {
     pub(crate) fn new(seed: u64, options: &SimOptions) -> Self {
         let mut dice = Dice::new(seed);
         let plan = Plan::draw(&mut dice, options);
-        let host = |site, mode| Host::new(site, plan.size, plan.disk.clone(), mode);
+        let host = |mode| Host::new(plan.size, plan.disk.clone(), mode);
         let mut world = Self {
             now: Time::ZERO,
             queue: BinaryHeap::new(),
@@ -188,10 +188,7 @@ impl World {
             options: options.clone(),
             net: Net::new(plan.net.clone()),
             connecting: false,
-            hosts: [
-                host(Site::Source, Mode::Owner),
-                host(Site::Target, Mode::Incoming),
-            ],
+            hosts: [host(Mode::Owner), host(Mode::Incoming)],
             source: SourceAgent::default(),
             target: TargetAgent::default(),
             encoders: Encoders::new(),

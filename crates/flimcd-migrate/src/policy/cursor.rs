@@ -35,8 +35,9 @@ impl Cursor {
                     return None;
                 }
                 wrapped = true;
+                // Also when nothing is left to send: what gets dirty next is of the next round.
+                self.rounds += u64::from(self.at > 0 || !pending.is_empty());
                 self.at = 0;
-                self.rounds += u64::from(!pending.is_empty());
                 continue;
             };
             let run = run.intersect(BlockIndex(run.start).chunk().blocks());
@@ -70,7 +71,9 @@ mod tests {
             got.push((run.start, run.end));
         }
         assert_eq!(got, [(35, 40), (10, 16), (16, 32), (32, 35)]);
-        assert_eq!(cursor.rounds(), 1);
+        assert_eq!(cursor.rounds(), 2, "the end, and again with nothing left");
+        assert_eq!(cursor.next(&pending, |_| true), None);
+        assert_eq!(cursor.rounds(), 2, "nothing was sent since");
         pending.insert_range(BlockRange::new(0, 100));
         assert_eq!(
             cursor.next(&pending, |_| false),
