@@ -14,7 +14,6 @@ use std::{
     io,
     os::{fd::AsFd, unix::net::UnixStream},
     sync::Arc,
-    time::{Duration, Instant},
 };
 
 use flimcd_core::{ByteRange, limits::MAX_NBD_REQUEST_BYTES};
@@ -44,8 +43,6 @@ const REQUEST_COST: usize = 512;
 const POOL_BYTES_MAX: usize = 8 << 20;
 /// Most extents in one block status answer.
 const EXTENTS_MAX: usize = 1024;
-/// How long to look for news before going to sleep: waking up costs more than that.
-const SPIN: Duration = Duration::from_micros(40);
 /// After requests overlapped: so many batches go through the queue before waiting in place is tried again.
 const OVERLAP_MEMORY: u32 = 64;
 
@@ -193,29 +190,32 @@ impl<'a> Connection<'a> {
     }
 
     fn run(mut self) -> Result<(), ConnectionError> {
-        let mut last_news = Instant::now();
         loop {
-            let mut news = self.receive()? > 0;
+            let mut news = self.receive(RecvFlags::DONTWAIT)? > 0;
             news |= self.take_requests()?;
             let inline = self.kick()?;
             news |= self.collect()?;
-            if inline && self.receive()? > 0 {
+            if inline && self.receive(RecvFlags::DONTWAIT)? > 0 {
                 // More came while this thread waited for the disk.
                 self.overlap = OVERLAP_MEMORY;
             }
             news |= self.send()?;
             match self.phase {
                 Phase::Gone => return Ok(()),
-                Phase::Leaving if self.in_work() == 0 && self.outbox.is_empty() => return Ok(()),
-                _ => {}
-            }
-            if news {
-                last_news = Instant::now();
-            } else if last_news.elapsed() > SPIN {
-                self.wait()?;
-                last_news = Instant::now();
+                Phase::Leaving if self.is_idle() => return Ok(()),
+                _ if news => {}
+                // Only the client can have news.
+                Phase::Serving if self.is_idle() => {
+                    self.receive(RecvFlags::empty())?;
+                }
+                _ => self.wait()?,
             }
         }
+    }
+
+    /// Whether nothing is in work and nothing waits to be sent.
+    fn is_idle(&self) -> bool {
+        self.in_work() == 0 && self.outbox.is_empty()
     }
 
     fn in_work(&self) -> usize {
@@ -226,8 +226,8 @@ impl<'a> Connection<'a> {
         self.phase == Phase::Serving && self.held_bytes + self.outbox.bytes() < HELD_BYTES_MAX
     }
 
-    /// Takes what the socket has, without waiting.
-    fn receive(&mut self) -> Result<usize, ConnectionError> {
+    /// Takes what the socket has.
+    fn receive(&mut self, flags: RecvFlags) -> Result<usize, ConnectionError> {
         if !self.may_take() {
             return Ok(0);
         }
@@ -236,11 +236,11 @@ impl<'a> Connection<'a> {
             return Ok(0);
         }
         let result = if payload.is_empty() {
-            rustix::net::recv(self.socket, inbox, RecvFlags::DONTWAIT).map(|(_, bytes)| bytes)
+            rustix::net::recv(self.socket, inbox, flags).map(|(_, bytes)| bytes)
         } else {
             let mut slices = [io::IoSliceMut::new(payload), io::IoSliceMut::new(inbox)];
             let mut control = rustix::net::RecvAncillaryBuffer::default();
-            rustix::net::recvmsg(self.socket, &mut slices, &mut control, RecvFlags::DONTWAIT)
+            rustix::net::recvmsg(self.socket, &mut slices, &mut control, flags)
                 .map(|message| message.bytes)
         };
         match result {

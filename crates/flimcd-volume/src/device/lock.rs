@@ -6,13 +6,16 @@
 //! whether somebody else holds a byte that contradicts. We do the same, as a disk that is used for reading and writing
 //! by one party: two agents on one image refuse each other by the same bytes.
 //!
-//! The locks live as long as the open file description.
+//! The locks live as long as the open file description, which can outlive a killed process by the moment that the kernel
+//! needs to end its I/O. So a conflict counts only when it lasts for a second.
 
 use std::{
     fs::File,
     io,
     os::fd::AsRawFd,
     path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
 };
 
 const PERMISSION_BASE: i64 = 100;
@@ -48,11 +51,27 @@ pub enum LockError {
     },
 }
 
+/// How long a conflict may last before it is one.
+const PATIENCE: Duration = Duration::from_secs(1);
+
 /// Takes the locks of a user that reads, and writes unless `read_only`, and that wants nobody else to write or resize.
 ///
 /// # Errors
-/// [`LockError::InUse`] when somebody else's locks contradict. What was locked is let go then.
+/// [`LockError::InUse`] when somebody else's locks contradict, for longer than a process needs to die. What was
+/// locked is let go then.
 pub fn lock_image(file: &File, path: &Path, read_only: bool) -> Result<(), LockError> {
+    let begin = Instant::now();
+    loop {
+        match try_lock(file, path, read_only) {
+            Err(LockError::InUse { .. }) if begin.elapsed() < PATIENCE => {
+                thread::sleep(Duration::from_millis(20));
+            }
+            result => return result,
+        }
+    }
+}
+
+fn try_lock(file: &File, path: &Path, read_only: bool) -> Result<(), LockError> {
     let used: &[Permission] = if read_only { &[READ] } else { &[READ, WRITE] };
     let unshared = [WRITE, RESIZE];
     let system = |source| LockError::System {

@@ -1,4 +1,8 @@
 //! Opening an image: which descriptors, which alignment, which fallbacks, whose locks.
+//!
+//! The locks are on the descriptor that rings use. After a `kill -9` the kernel takes a ring down in its own time, and
+//! until then writes of the dead process may still reach the disk: as long as that is so, the ring keeps the descriptor,
+//! the descriptor the locks, and the locks keep a successor out.
 
 use std::{
     fmt,
@@ -140,9 +144,6 @@ pub(super) fn open(path: PathBuf, options: &OpenOptions) -> Result<Shared, OpenE
     if !kind.is_file() && !kind.is_block_device() {
         return Err(OpenError::NotAnImage { path });
     }
-    if options.lock {
-        lock::lock_image(&plain, &path, options.read_only)?;
-    }
     let bytes = plain.seek(SeekFrom::End(0)).map_err(fail)?;
     let size = VolumeSize::new(bytes).map_err(|source| OpenError::Size {
         path: path.clone(),
@@ -166,6 +167,9 @@ pub(super) fn open(path: PathBuf, options: &OpenOptions) -> Result<Shared, OpenE
             (plain, None, 1, 1)
         }
     };
+    if options.lock {
+        lock::lock_image(&main, &path, options.read_only)?;
+    }
     let io_uring = match options.io_uring {
         UringUse::Off => false,
         UringUse::Auto => uring::probe()

@@ -141,6 +141,8 @@ impl UringQueue {
                     });
                 }
             }
+            // Into the page cache: a copy, which the kernel would hand to a thread of its own.
+            IoKind::Write => self.done.push(self.shared.run(op)),
             _ => self.start_plain(op, false),
         }
     }
