@@ -300,7 +300,7 @@ impl Hosting {
         let new = self.new_volume(name, tenant, self.image_path(name));
         let volume = Volume::create(&self.volumes, new, size, &self.options)
             .map_err(|error| cannot_make(&error))?;
-        self.put(reservation, volume, true)
+        self.put(reservation, &volume, true)
     }
 
     /// Takes an image under care. Blocks.
@@ -326,7 +326,7 @@ impl Hosting {
         let new = self.new_volume(name, tenant, image.to_owned());
         let volume = Volume::import(&self.volumes, new, &self.options)
             .map_err(|error| cannot_make(&error))?;
-        self.put(reservation, volume, false)
+        self.put(reservation, &volume, false)
     }
 
     /// A volume that begins its life here.
@@ -347,7 +347,7 @@ impl Hosting {
     fn put(
         &self,
         reservation: Reservation<'_>,
-        volume: Arc<Volume>,
+        volume: &Arc<Volume>,
         image_is_new: bool,
     ) -> Result<Arc<Hosted>, ErrorBody> {
         match Hosted::serve(volume.clone(), &self.runtime_dir) {
@@ -547,7 +547,7 @@ impl Hosting {
         };
         let volume = Volume::create(&self.volumes, new, open.size, &self.options)
             .map_err(|error| failed(cannot_make(&error)))?;
-        self.put(reservation, volume, true).map_err(failed)
+        self.put(reservation, &volume, true).map_err(failed)
     }
 
     fn image_path(&self, name: &VolumeName) -> PathBuf {

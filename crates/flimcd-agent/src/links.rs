@@ -179,7 +179,7 @@ impl PeerLink {
             }
             // What was under way when the migration ended here.
             _ => {
-                tracing::trace!(migration = %id, peer = %self.peer(), "a frame that nobody waits for")
+                tracing::trace!(migration = %id, peer = %self.peer(), "a frame that nobody waits for");
             }
         }
     }

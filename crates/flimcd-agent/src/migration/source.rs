@@ -170,7 +170,10 @@ impl SourceDriver {
     }
 
     async fn command(&mut self, command: Command) {
-        let too_late = self.machine.phase() >= SourcePhase::PostCopy;
+        let too_late = matches!(
+            self.machine.phase(),
+            SourcePhase::PostCopy | SourcePhase::Retiring | SourcePhase::Completed
+        );
         let (answer, is_cancel) = match command {
             Command::Switchover(answer) => (answer, false),
             Command::Cancel(answer) => (answer, true),

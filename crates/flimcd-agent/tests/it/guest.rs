@@ -92,10 +92,6 @@ impl Guest {
         }
     }
 
-    pub(crate) fn model(&self) -> &[u8] {
-        &self.model
-    }
-
     /// Works on the export until it is told to stop. When a request fails, it is made again on a new
     /// connection, to the next of the sockets: so a guest survives that an agent is killed, or that its disk moves.
     pub(crate) fn start(mut self, sockets: &[PathBuf], export: &str) -> Running {

@@ -137,7 +137,7 @@ async fn a_target_that_does_not_want_it() {
     let (source, target) = (world.source.client(), world.target.client());
     create(&source, "secret", 1 << 20).await;
     create(&source, "vm", 1 << 20).await;
-    create(&source, "vm-huge", 60 << 40).await;
+    create(&source, "vm-huge", 10 << 40).await;
     create(&source, "vm-file", 1 << 20).await;
     create(&target, "vm", 1 << 20).await;
     fs::write(world.target.image("vm-file"), "precious").unwrap();
