@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File, OpenOptions as FileOptions},
     io::{self, Read},
-    os::unix::fs::OpenOptionsExt,
+    os::unix::fs::{FileTypeExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicUsize},
 };
@@ -16,7 +16,7 @@ use super::{
     target::{MissingFiles, SyncHealth},
 };
 use crate::{
-    device::{BlockDevice, FileDevice, OpenOptions},
+    device::{BlockDevice, FileDevice, OpenError, OpenOptions},
     rules::{Mode, Rules},
     state::{Ownership, StateDir, VolumeRecord, VolumesDir},
 };
@@ -114,16 +114,11 @@ impl Volume {
             source,
         };
         let path = fs::canonicalize(&new.image).map_err(failed)?;
-        if let Some(format) = fs::metadata(&path)
-            .and_then(|found| {
-                if found.is_file() {
-                    format_of(&path)
-                } else {
-                    Ok(None)
-                }
-            })
-            .map_err(failed)?
-        {
+        let kind = fs::metadata(&path).map_err(failed)?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(OpenError::NotAnImage { path }.into());
+        }
+        if let Some(format) = format_of(&path).map_err(failed)? {
             return Err(VolumeError::NotRaw { path, format });
         }
         Self::adopt(dir, new, path, true, options)
