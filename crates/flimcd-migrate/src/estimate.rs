@@ -19,10 +19,4 @@ impl LinkEstimate {
         let rate = self.rate_bytes_per_sec.unwrap_or(12_500_000) as f64;
         rate.max(1.0)
     }
-
-    /// Bytes that fill the link for one round trip.
-    #[must_use]
-    pub fn bytes_per_rtt(&self) -> f64 {
-        self.rate_or_default() * self.rtt.unwrap_or(Duration::from_millis(50)).as_secs_f64()
-    }
 }

@@ -63,8 +63,8 @@ pub(crate) struct ReadId(u64);
 
 /// See the module.
 pub(crate) struct Model {
-    /// Sectors with one possible value.
-    settled: Vec<u64>,
+    /// Sectors with one possible value, and since when no other is.
+    settled: Vec<(u64, Tick)>,
     /// The others, and those whose value is not durable.
     open: BTreeMap<u64, Open>,
     reading: BTreeMap<ReadId, Reading>,
@@ -115,7 +115,7 @@ impl Model {
     pub(crate) fn new(bytes: u64) -> Self {
         let sectors = usize::try_from(bytes.div_ceil(SECTOR)).expect("volumes are small here");
         Self {
-            settled: vec![content::ZERO; sectors],
+            settled: vec![(content::ZERO, 0); sectors],
             open: BTreeMap::new(),
             reading: BTreeMap::new(),
             next_read: 0,
@@ -127,7 +127,7 @@ impl Model {
     /// What the image holds before anything begins.
     pub(crate) fn format(&mut self, range: ByteRange, stamp: u64) {
         for sector in sectors(range) {
-            self.settled[crate::disk::index(sector)] = stamp;
+            self.settled[crate::disk::index(sector)] = (stamp, 0);
         }
     }
 
@@ -138,12 +138,12 @@ impl Model {
     }
 
     fn open(&mut self, sector: u64) -> &mut Open {
-        let settled = self.settled[crate::disk::index(sector)];
+        let (stamp, end) = self.settled[crate::disk::index(sector)];
         self.open.entry(sector).or_insert_with(|| {
             let entry = Entry {
-                stamp: settled,
+                stamp,
                 start: 0,
-                end: Some(0),
+                end: Some(end),
             };
             Open {
                 volatile: vec![entry],
@@ -205,7 +205,7 @@ impl Model {
         for sector in sectors(range) {
             match self.open.get(&sector) {
                 Some(open) => allowed.extend(open.volatile.iter().map(|e| (sector, e.stamp))),
-                None => allowed.push((sector, self.settled[crate::disk::index(sector)])),
+                None => allowed.push((sector, self.settled[crate::disk::index(sector)].0)),
             }
         }
         self.next_read += 1;
@@ -280,8 +280,8 @@ impl Model {
         self.now();
         let mut settled = Vec::new();
         for (&sector, open) in &mut self.open {
-            if let Some(stamp) = open.flush(start) {
-                settled.push((sector, stamp));
+            if let Some(value) = open.flush(start) {
+                settled.push((sector, value));
             }
         }
         self.settle(&settled);
@@ -298,10 +298,10 @@ impl Model {
         }
     }
 
-    fn settle(&mut self, settled: &[(u64, u64)]) {
-        for &(sector, stamp) in settled {
+    fn settle(&mut self, settled: &[(u64, (u64, Tick))]) {
+        for &(sector, value) in settled {
             self.open.remove(&sector);
-            self.settled[crate::disk::index(sector)] = stamp;
+            self.settled[crate::disk::index(sector)] = value;
         }
     }
 
@@ -317,8 +317,8 @@ impl Model {
             }
             open.facts.clear();
             open.volatile.clone_from(&open.durable);
-            if let Some(stamp) = open.only_value() {
-                settled.push((sector, stamp));
+            if let Some(value) = open.only_value() {
+                settled.push((sector, value));
             }
         }
         self.settle(&settled);
@@ -330,7 +330,7 @@ impl Model {
             let got = content::stamp_of(piece, sector);
             let allowed: BTreeSet<u64> = match self.open.get(&sector) {
                 Some(open) => open.volatile.iter().map(|e| e.stamp).collect(),
-                None => BTreeSet::from([self.settled[crate::disk::index(sector)]]),
+                None => BTreeSet::from([self.settled[crate::disk::index(sector)].0]),
             };
             if !got.is_some_and(|stamp| allowed.contains(&stamp)) {
                 return Err(Wrong {
@@ -345,7 +345,7 @@ impl Model {
 }
 
 impl Open {
-    fn flush(&mut self, start: Tick) -> Option<u64> {
+    fn flush(&mut self, start: Tick) -> Option<(u64, Tick)> {
         let (now, later): (Vec<_>, Vec<_>) = self.facts.drain(..).partition(|f| f.end < start);
         self.facts = later;
         for fact in now {
@@ -355,10 +355,16 @@ impl Open {
     }
 
     /// The value, when no other is possible now or after a power loss.
-    fn only_value(&self) -> Option<u64> {
-        let first = self.durable.first()?;
-        let same = |e: &Entry| e.stamp == first.stamp && e.end.is_some();
-        self.durable.iter().all(same).then_some(first.stamp)
+    fn only_value(&self) -> Option<(u64, Tick)> {
+        let stamp = self.durable.first()?.stamp;
+        let mut last = 0;
+        for entry in &self.durable {
+            if entry.stamp != stamp {
+                return None;
+            }
+            last = last.max(entry.end?);
+        }
+        Some((stamp, last))
     }
 }
 
@@ -416,6 +422,21 @@ mod tests {
             assert!(read(&mut model, winner));
             assert!(!read(&mut model, 11 - winner));
         }
+    }
+
+    #[test]
+    fn a_slow_read_says_nothing_of_later_writes() {
+        let mut model = Model::new(SECTOR);
+        let slow = model.begin_read(RANGE);
+        let start = model.begin_write(RANGE, 5);
+        model.end_write(RANGE, 5, start, true);
+        let flush = model.now();
+        model.end_flush(flush);
+        let start = model.begin_write(RANGE, 6);
+        assert!(model.end_read(slow, &sector(0)).is_ok());
+        assert!(read(&mut model, 5));
+        model.end_write(RANGE, 6, start, true);
+        assert!(!read(&mut model, 5));
     }
 
     #[test]

@@ -14,6 +14,8 @@ pub(crate) struct Resend {
     /// Writes under way.
     writing: Vec<u32>,
     delivered: Vec<Option<u32>>,
+    /// Asked for by the target before they arrived: the source may hear of that after it has heard that they arrived.
+    asked_for: Vec<bool>,
     read: BTreeMap<Seq, Vec<(BlockIndex, u32)>>,
 }
 
@@ -24,6 +26,7 @@ impl Resend {
             versions: vec![0; blocks],
             writing: vec![0; blocks],
             delivered: vec![None; blocks],
+            asked_for: vec![false; blocks],
             read: BTreeMap::new(),
         }
     }
@@ -63,13 +66,23 @@ impl Resend {
         self.read.insert(seq, versions);
     }
 
-    /// A message goes on the link. The first block that has arrived as it is, if any.
-    pub(crate) fn sent(&self, blocks: &Blocks) -> Option<BlockIndex> {
-        let versions = self.read.get(&blocks.seq)?;
-        let again = |&&(block, version): &&(BlockIndex, u32)| {
-            self.delivered[crate::disk::index(block.0)] == Some(version)
-        };
-        versions.iter().find(again).map(|&(block, _)| block)
+    /// The target asks for blocks.
+    pub(crate) fn asked_for(&mut self, run: BlockRange) {
+        for block in run.iter().map(|b| crate::disk::index(b.0)) {
+            self.asked_for[block] |= self.delivered[block].is_none();
+        }
+    }
+
+    /// A message goes on the link. The first block that has arrived as it is, if any, unless it was asked for too late.
+    pub(crate) fn sent(&mut self, blocks: &Blocks) -> Option<BlockIndex> {
+        let mut again = None;
+        for &(block, version) in self.read.get(&blocks.seq)? {
+            let at = crate::disk::index(block.0);
+            if self.delivered[at] == Some(version) && !std::mem::take(&mut self.asked_for[at]) {
+                again = again.or(Some(block));
+            }
+        }
+        again
     }
 
     /// A message arrived.

@@ -189,6 +189,11 @@ impl World {
             let Some((class, message)) = machine.poll_transmit(&room) else {
                 return;
             };
+            if let Message::Demand { runs } = &message {
+                for run in runs.iter() {
+                    self.resend.asked_for(run);
+                }
+            }
             self.transmit(Site::Target, class, message);
         }
     }

@@ -132,7 +132,7 @@ impl SourceMachine {
                 // The target owns the volume whatever this record says; a restart asks it.
                 self.note(format!("cannot record {record:?} at the source: {error}"));
                 if matches!(record, SourceRecord::Retired(_)) {
-                    self.set_phase(SourcePhase::PostCopy);
+                    self.persist_retry = Some((now + RETRY, record));
                 }
             }
         }
