@@ -19,7 +19,7 @@ use tokio::{
 use crate::{
     LinkError,
     inbox::Stale,
-    lane::{self, BULK, CONTROL, Lane, READ_BYTES},
+    lane::{self, BULK, CONTROL, FAULTS, Lane, READ_BYTES},
     link::Link,
     pacer::Sample,
     socket,
@@ -45,6 +45,8 @@ struct Bundle {
     heard_ms: AtomicU64,
     /// The control lane's reader waits for the consumer, so that silence says nothing.
     is_held_up: AtomicBool,
+    /// The faults' socket takes no more for now.
+    are_faults_held_up: AtomicBool,
     /// A bulk lane found nothing to send, or had to wait for the user's ceiling.
     was_starved: AtomicBool,
 }
@@ -58,6 +60,7 @@ pub(crate) async fn run(link: Arc<Link>, generation: u64, lanes: Vec<Lane>) -> L
         born: Instant::now(),
         heard_ms: AtomicU64::new(0),
         is_held_up: AtomicBool::new(false),
+        are_faults_held_up: AtomicBool::new(false),
         was_starved: AtomicBool::new(true),
     });
     let mut tasks = JoinSet::new();
@@ -168,14 +171,17 @@ impl Bundle {
     async fn write(&self, index: usize) -> Result<(), LinkError> {
         let lane = &self.lanes[index];
         let (outbox, traffic) = (&self.link.outbox, &self.link.traffic);
+        if lane.index < BULK {
+            socket::keep_short(&lane.tcp);
+        }
         loop {
-            lane.writable().await?;
+            self.room(lane).await?;
             if lane.index == CONTROL {
                 while let Some(message) = outbox.pop_link() {
                     lane.write(&message, traffic).await?;
                 }
             }
-            let Some(class) = outbox.peek(self.generation, lane.index) else {
+            let Some(class) = self.choose(lane) else {
                 self.starve(lane);
                 outbox.work(lane.index).await;
                 continue;
@@ -190,14 +196,43 @@ impl Bundle {
                 }
                 continue;
             }
-            // Another bulk lane may have been faster.
+            // Another lane may have been faster.
             let Some(frame) = outbox.pop(self.generation, class) else {
                 continue;
             };
             self.link.bucket().spend(class, frame.len());
             self.link.count_sent(class, frame.len());
-            lane.write(&frame, traffic).await?;
+            if lane.index != FAULTS {
+                lane.write(&frame, traffic).await?;
+                continue;
+            }
+            // What is queued behind this one need not wait for it.
+            self.are_faults_held_up.store(true, Ordering::Relaxed);
+            if outbox.peek(self.generation, FAULTS).is_some() {
+                outbox.wake_lane(CONTROL);
+            }
+            let written = lane.write(&frame, traffic).await;
+            self.are_faults_held_up.store(false, Ordering::Relaxed);
+            written?;
         }
+    }
+
+    /// Waits until the lane's socket takes more. While the faults' one does not, the control lane helps.
+    async fn room(&self, lane: &Lane) -> Result<(), LinkError> {
+        if lane.index != FAULTS || lane.is_writable() {
+            return lane.writable().await;
+        }
+        self.are_faults_held_up.store(true, Ordering::Relaxed);
+        self.link.outbox.wake_lane(CONTROL);
+        let result = lane.writable().await;
+        self.are_faults_held_up.store(false, Ordering::Relaxed);
+        result
+    }
+
+    fn choose(&self, lane: &Lane) -> Option<Class> {
+        let class = self.link.outbox.peek(self.generation, lane.index)?;
+        let is_help = lane.index == CONTROL && class == Class::Fault;
+        (!is_help || self.are_faults_held_up.load(Ordering::Relaxed)).then_some(class)
     }
 
     fn starve(&self, lane: &Lane) {

@@ -87,8 +87,9 @@ struct Inner {
 const fn limit(class: Class) -> usize {
     match class {
         // Acknowledgements and hand-over: while their reader waits, pings go unanswered.
-        Class::Control => 16 << 20,
-        Class::Fault | Class::Ram | Class::Bulk => 4 << 20,
+        // Faults may come on the same connection.
+        Class::Control | Class::Fault => 16 << 20,
+        Class::Ram | Class::Bulk => 4 << 20,
         Class::Prefetch => 2 << 20,
     }
 }

@@ -15,11 +15,13 @@ use std::{
 use bytes::BytesMut;
 use flimcd_wire::{Class, Encoded};
 use rustls::Connection;
-use tokio::net::TcpStream;
+use tokio::{io::Interest, net::TcpStream};
 
 use crate::{LinkError, identity, socket};
 
-/// Lane 0: what moves migrations on, and the link's own messages.
+/// Lane 0: what moves migrations on, and the link's own messages. Faults too, while lane 1 is held up:
+/// BBR lets a connection have four packets under way for 200 ms every ten seconds, to measure its
+/// round trip, and a lost packet holds up what follows it. This lane is idle most of the time.
 pub(crate) const CONTROL: u8 = 0;
 /// Lane 1: demands and their answers.
 pub(crate) const FAULTS: u8 = 1;
@@ -35,7 +37,7 @@ pub(crate) const READ_BYTES: usize = 128 * 1024;
 /// The classes that lane `lane` carries, most urgent first.
 pub(crate) const fn classes(lane: u8) -> &'static [Class] {
     match lane {
-        CONTROL => &[Class::Control],
+        CONTROL => &[Class::Control, Class::Fault],
         FAULTS => &[Class::Fault],
         BULK => &[Class::Ram, Class::Prefetch, Class::Bulk],
         _ => &[Class::Prefetch, Class::Bulk],
@@ -72,9 +74,29 @@ impl Lane {
         self.tls.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until the kernel holds so little unsent data that it takes more.
+    /// Whether the kernel holds so little unsent data that it takes more. If not, the next
+    /// [`Lane::writable`] waits until it does.
+    pub(crate) fn is_writable(&self) -> bool {
+        // tokio remembers that the socket was writable once; the kernel knows whether it is now. Asking
+        // it in here makes tokio wait for the next change if the answer is no.
+        let ask = || {
+            if socket::takes_more(&self.tcp) {
+                Ok(())
+            } else {
+                Err(io::ErrorKind::WouldBlock.into())
+            }
+        };
+        self.tcp.try_io(Interest::WRITABLE, ask).is_ok()
+    }
+
+    /// Waits until the kernel takes more.
     pub(crate) async fn writable(&self) -> Result<(), LinkError> {
-        self.tcp.writable().await.map_err(LinkError::io)
+        loop {
+            self.tcp.writable().await.map_err(LinkError::io)?;
+            if self.is_writable() {
+                return Ok(());
+            }
+        }
     }
 
     /// Writes one frame; ends when the kernel has all of it.
@@ -89,7 +111,7 @@ impl Lane {
             if done == frame.len() && !is_blocked {
                 return Ok(());
             }
-            self.writable().await?;
+            self.tcp.writable().await.map_err(LinkError::io)?;
         }
     }
 

@@ -2,10 +2,11 @@
 //!
 //! # A bundle
 //! ```text
-//!            lane 0   control: what moves migrations on, pings        ┐ one TCP connection each,
-//!  agent ══  lane 1   faults: demands and their answers               │ TLS 1.3 with certificates
-//!            lane 2   bulk; RAM goes here before prefetch and bulk    │ on both sides, a greeting,
-//!            lane 3…  bulk, all sharing one queue per class           ┘ then frames
+//!            lane 0   control: what moves migrations on, pings;       ┐ one TCP connection each,
+//!                     faults, while lane 1 is held up                 │ TLS 1.3 with certificates
+//!  agent ══  lane 1   faults: demands and their answers               │ on both sides, a greeting,
+//!            lane 2   bulk; RAM goes here before prefetch and bulk    │ then frames
+//!            lane 3…  bulk, all sharing one queue per class           ┘
 //! ```
 //! Demand data never shares a queue with bulk data: not in the sender (one queue per class), not in a
 //! TCP connection, not in the receiver (one bounded queue and one reader per lane). Kernels hold little
@@ -29,7 +30,7 @@
 //! nothing of it reaches a volume.
 //!
 //! # Limits
-//! Memory per link: receive queues of at most 30 MiB in all when the consumer stalls in every class,
+//! Memory per link: receive queues of at most 42 MiB in all when the consumer stalls in every class,
 //! send queues of at most 17 MiB, and less than 3 MiB per connection.
 
 mod bucket;

@@ -162,6 +162,11 @@ impl Outbox {
         }
     }
 
+    /// Makes a lane look again whether there is something to send.
+    pub(crate) fn wake_lane(&self, index: u8) {
+        self.work[usize::from(index)].notify_one();
+    }
+
     /// Sends a message of the link's own on the control lane, whether or not the queues are open.
     pub(crate) fn push_link(&self, message: LinkMessage) {
         let mut inner = self.inner();
@@ -169,7 +174,7 @@ impl Outbox {
             inner.link.push_back(message);
         }
         drop(inner);
-        self.work[usize::from(CONTROL)].notify_one();
+        self.wake_lane(CONTROL);
     }
 
     /// The next message of the link's own.

@@ -9,6 +9,10 @@ use tokio::net::TcpStream;
 /// Unsent bytes in the kernel that stop further writes, until the rate is known.
 pub(crate) const NOTSENT_LOWAT: u32 = 128 * 1024;
 
+/// The same for control and faults: their frames are small, and one that waits here could have gone by
+/// another connection.
+const NOTSENT_LOWAT_URGENT: u32 = 8 * 1024;
+
 /// Longest pause between retransmissions: without it TCP doubles the pause during an outage and
 /// notices the link's return late by as much.
 const RTO_MAX: Duration = Duration::from_secs(1);
@@ -43,6 +47,23 @@ pub(crate) fn has_bbr() -> bool {
     socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)
         .and_then(|socket| socket.set_tcp_congestion(b"bbr"))
         .is_ok()
+}
+
+/// For a connection that carries control or faults.
+pub(crate) fn keep_short(tcp: &TcpStream) {
+    set_notsent_lowat(tcp, NOTSENT_LOWAT_URGENT);
+}
+
+/// Whether the kernel holds less unsent data than the mark, or the connection failed.
+pub(crate) fn takes_more(tcp: &TcpStream) -> bool {
+    let mut poll = libc::pollfd {
+        fd: tcp.as_raw_fd(),
+        events: libc::POLLOUT,
+        revents: 0,
+    };
+    // SAFETY: one entry, which lives through the call; with no timeout it does not block.
+    let ready = unsafe { libc::poll(&raw mut poll, 1, 0) };
+    ready != 0
 }
 
 /// How many unsent bytes stop further writes.
