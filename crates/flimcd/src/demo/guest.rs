@@ -1,9 +1,13 @@
 //! The demo's guest: the lab's checked load, connected with NBD.
 
+use std::time::{Duration, Instant};
+
 use anyhow::Context as _;
 use flimcd_agent::api::ExportInfo;
 use flimcd_lab::{
-    load::{Baseline, GuestDisk, Load, LoadHandle, LoadOptions, NbdDisk, Synthetic},
+    load::{
+        Baseline, DiskOp, DiskRequest, GuestDisk, Load, LoadHandle, LoadOptions, NbdDisk, Synthetic,
+    },
     trace::{Replay, ReplayOptions, Trace, vscsi},
 };
 use serde_json::json;
@@ -95,6 +99,11 @@ impl GuestPlan {
         }
     }
 
+    /// Whether requests come all the time, so that the first one after the switch says when it was over.
+    pub(super) const fn is_busy(&self) -> bool {
+        matches!(self.requests, Requests::Synthetic(_))
+    }
+
     /// Starts the guest on a disk with this content.
     pub(super) fn start(
         &self,
@@ -112,6 +121,25 @@ impl GuestPlan {
             }
         }
         .context("the guest cannot be started")
+    }
+}
+
+/// Reads the first bytes of a disk, and returns when they were there; blocks.
+pub(super) fn probe(disk: &mut dyn GuestDisk) -> anyhow::Result<Instant> {
+    let length = u32::try_from(disk.size().min(512))?;
+    let data = vec![0; 512.min(length as usize)];
+    disk.submit(DiskRequest {
+        id: 0,
+        op: DiskOp::Read,
+        offset: 0,
+        length,
+        data,
+    })?;
+    loop {
+        if let Some(reply) = disk.receive(Duration::from_secs(1))? {
+            reply.result?;
+            return Ok(Instant::now());
+        }
     }
 }
 

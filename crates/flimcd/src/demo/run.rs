@@ -11,7 +11,7 @@ use flimcd_agent::api::{
 };
 use flimcd_core::VolumeName;
 use flimcd_lab::{
-    load::{FinalCheck, GuestDisk, LoadHandle, LoadStats, Paused, Resumed},
+    load::{FinalCheck, GuestDisk, LoadHandle, LoadStats, Paused},
     report::{LowerBound, StrategyReport},
 };
 
@@ -135,7 +135,7 @@ impl Run<'_> {
         let migrated = world.source.client.migrate(&self.name, &request).await;
         let mut status = migrated.map_err(|error| world.source.explain(error))?;
         let id = status.id;
-        let mut moved: Option<(Duration, Resumed)> = None;
+        let mut moved: Option<Moved> = None;
         let mut waiting: Option<Box<dyn GuestDisk>> = None;
         while !status.phase.has_ended() {
             progress.show(&status);
@@ -154,8 +154,7 @@ impl Run<'_> {
                 && moved.is_none()
                 && let Some(disk) = waiting.take()
             {
-                let resumed = move_guest(load, disk).await?;
-                moved = Some((resumed.first_completed.duration_since(began), resumed));
+                moved = Some(move_guest(load, disk, self.setting.guest.is_busy()).await?);
             } else {
                 tokio::time::sleep(POLL).await;
             }
@@ -172,16 +171,15 @@ impl Run<'_> {
                 .source
                 .explain(anyhow::anyhow!("it {}: {why}", status.phase)));
         }
-        let (time_to_switch, resumed) =
-            moved.context("it ended although the guest had not been moved")?;
+        let moved = moved.context("it ended although the guest had not been moved")?;
         let migration_time = status.ended_unix_ms.map_or_else(
             || began.elapsed(),
             |ended| Duration::from_millis(ended.saturating_sub(began_unix_ms)),
         );
         Ok(Outcome {
             migration_time,
-            time_to_switch,
-            downtime: resumed.downtime.unwrap_or_default(),
+            time_to_switch: moved.at.duration_since(began),
+            downtime: moved.downtime,
             bytes_on_link: world.relay.counters().bytes() - bytes_before,
             target: self.status_of(&world.target, id).await?,
             source: status,
@@ -308,20 +306,43 @@ impl Run<'_> {
     }
 }
 
+/// When the guest ran at the target, and how long it had stood still.
+#[derive(Clone, Copy)]
+struct Moved {
+    at: Instant,
+    downtime: Duration,
+}
+
 /// The switchover as a guest sees it: it stops, its connection to the source closes, and it goes on at
 /// the target, whose first answer waits for the hand-over.
-async fn move_guest(load: &Arc<LoadHandle>, disk: Box<dyn GuestDisk>) -> anyhow::Result<Resumed> {
+async fn move_guest(
+    load: &Arc<LoadHandle>,
+    mut disk: Box<dyn GuestDisk>,
+    is_busy: bool,
+) -> anyhow::Result<Moved> {
     let load = Arc::clone(load);
     blocking(move || {
         let paused = load
             .pause()
             .context("the guest cannot be stopped at the source")?;
+        let stopped = Instant::now();
         drop(paused.disk);
-        load.resume_on(disk).map_err(|error| {
+        // A guest that rests now and then would count its rest as downtime: one read stands for it.
+        let probed = match is_busy {
+            true => None,
+            false => Some(guest::probe(&mut *disk).context("the target does not answer")?),
+        };
+        let resumed = load.resume_on(disk).map_err(|error| {
             advise(
                 format!("the guest cannot go on at the target: {error}"),
                 "the target did not take the volume over; see the agents' logs",
             )
+        })?;
+        let at = probed.unwrap_or(resumed.first_completed);
+        let since = paused.last_completed.filter(|_| is_busy).unwrap_or(stopped);
+        Ok(Moved {
+            at,
+            downtime: at.duration_since(since),
         })
     })
     .await
