@@ -3,5 +3,6 @@
 #![expect(clippy::print_stderr, reason = "a test that cannot test says so")]
 
 mod fixture;
+mod hostile;
 mod interop;
 mod own_client;

@@ -132,7 +132,7 @@ fn errors_of_the_medium_reach_the_guest_as_what_they_are() {
 fn requests_wait_while_the_volume_is_frozen_and_are_refused_once_it_moved() {
     let fixture = Fixture::new(&pattern(1 << 20));
     let mut client = fixture.client();
-    fixture.volume.start_tracking();
+    fixture.volume.start_tracking(None).unwrap();
     fixture.volume.freeze();
     let write = Op::Write {
         offset: 4096,
