@@ -1,7 +1,9 @@
-//! Tests of the rules: cases by hand, and random interleavings against a model of a disk that loses what was not synced.
+//! Tests of the rules: cases by hand, and random interleavings against a model of a disk that loses
+//! what was not synced, and threads under every schedule that shuttle tries.
 
 mod cases;
 mod random;
+mod schedules;
 mod source_world;
 mod target_world;
 
