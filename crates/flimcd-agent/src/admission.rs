@@ -35,11 +35,16 @@ use crate::{
 impl Admit for Agent {
     fn admit(self: Arc<Self>, link: &Arc<PeerLink>, id: MigrationId, open: Open, inbox: Inbox) {
         let (agent, link) = (self.clone(), link.clone());
-        self.spawn(async move {
+        let task = async move {
             if *agent.stop_signal().borrow() {
                 return;
             }
             agent.opened(&link, id, open, inbox).await;
+        };
+        self.spawn(async move {
+            if let Err(error) = tokio::spawn(task).await {
+                tracing::error!(migration = %id, "taking a migration in has failed: {error}");
+            }
         });
     }
 
@@ -320,12 +325,18 @@ impl Agent {
             }
         };
         let hosted = self.hosting.by_id(record.volume_id);
-        let Some((hosted, link)) = hosted.zip(self.link_to(&record.peer)) else {
-            let why = format!(
-                "volume {} or site {} is not there any more",
-                record.volume, record.peer
-            );
-            return tasks::fail(self, record, &begin, why).await;
+        let Some(hosted) = hosted else {
+            let why =
+                "the agent ended before the volume was made, or while it was removed".to_owned();
+            return match record.role {
+                // What is not there is not owned.
+                Role::Target => tasks::fail(self, record, &begin, why).await,
+                Role::Source => tasks::stall(&record, &begin, "the volume is not there"),
+            };
+        };
+        let Some(link) = self.link_to(&record.peer) else {
+            let why = "the peer is not in the configuration any more";
+            return tasks::stall(&record, &begin, why);
         };
         tracing::info!(
             migration = %record.id, volume = %record.volume, role = ?record.role,
@@ -347,7 +358,8 @@ impl Agent {
                 };
                 let inbox = link.register(record.id);
                 let agent = self.clone();
-                self.spawn(run_target(agent, hosted, link, record, begin, inbox, begun));
+                let task = run_target(agent, hosted, link, record.clone(), begin, inbox, begun);
+                self.spawn(tasks::guarded(record, task));
             }
         }
     }

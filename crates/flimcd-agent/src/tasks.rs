@@ -32,11 +32,8 @@ pub(crate) fn spawn_source(
     begin: Begin,
     is_fresh: bool,
 ) {
-    let task = {
-        let agent = agent.clone();
-        async move { run_source(agent, hosted, record, begin, is_fresh).await }
-    };
-    agent.spawn(task);
+    let task = run_source(agent.clone(), hosted, record.clone(), begin, is_fresh);
+    agent.spawn(guarded(record, task));
 }
 
 async fn run_source(
@@ -47,12 +44,18 @@ async fn run_source(
     is_fresh: bool,
 ) {
     let Some(link) = agent.link_to(&record.peer) else {
-        let why = format!("site {} is not in the configuration any more", record.peer);
-        return fail(&agent, record, &begin, why).await;
+        return stall(
+            &record,
+            &begin,
+            "the peer is not in the configuration any more",
+        );
     };
     let (Some(request), Some(policy)) = (record.request.clone(), policy_of(&record)) else {
-        let why = "its record does not say what was asked for".to_owned();
-        return fail(&agent, record, &begin, why).await;
+        return stall(
+            &record,
+            &begin,
+            "its record does not say what was asked for",
+        );
     };
     let volume = hosted.volume().clone();
     let prepared = {
@@ -61,10 +64,14 @@ async fn run_source(
     };
     let start = match prepared.unwrap_or_else(|panic| Err(io::Error::other(panic))) {
         Ok(start) => start,
-        Err(error) => {
+        Err(error) if is_fresh => {
             stop_tracking(&volume);
             let why = format!("finding the data of the volume failed: {error}");
             return fail(&agent, record, &begin, why).await;
+        }
+        Err(error) => {
+            let why = format!("finding out what the target lacks failed: {error}");
+            return stall(&record, &begin, &why);
         }
     };
     let ceiling = request.bandwidth_bytes_per_sec;
@@ -95,6 +102,31 @@ async fn run_source(
     link.unregister(id);
     link.handle().set_ceiling(configured);
     finish(&agent, ended).await;
+}
+
+/// Runs the task of a migration. If it panics, the migration stands still and a restart goes on with it:
+/// its record does not say that it has ended.
+pub(crate) async fn guarded(
+    record: MigrationRecord,
+    task: impl Future<Output = ()> + Send + 'static,
+) {
+    if let Err(error) = tokio::spawn(task).await {
+        tracing::error!(
+            migration = %record.id, volume = %record.volume,
+            "the migration's task has failed; restart the agent to go on with it: {error}"
+        );
+    }
+}
+
+/// A migration that cannot go on now, and must not be given up: the other side may own the volume.
+pub(crate) fn stall(record: &MigrationRecord, begin: &Begin, why: &str) {
+    tracing::error!(
+        migration = %record.id, volume = %record.volume,
+        "the migration waits until the agent is started again without this: {why}"
+    );
+    begin.status.send_modify(|status| {
+        status.error = Some(format!("{why}; put that right and start the agent again"));
+    });
 }
 
 /// What the driver of a migration is made from.

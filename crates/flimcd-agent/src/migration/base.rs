@@ -117,7 +117,12 @@ pub(crate) struct Base<D> {
     published: watch::Sender<MigrationStatus>,
     published_at: Instant,
     begin: Instant,
+    /// Bytes that the link's sockets had carried when this driver began.
     link_bytes_before: u64,
+    /// What an agent that ran before had counted of this migration.
+    on_link_before: u64,
+    /// The same for `bytes_sent`.
+    pub(crate) sent_before: u64,
 }
 
 impl<D> Base<D> {
@@ -129,6 +134,8 @@ impl<D> Base<D> {
         let handle = setup.link.handle();
         Ok(Self {
             link_bytes_before: handle.bytes_sent() + handle.bytes_received(),
+            on_link_before: setup.record.status.bytes_on_link,
+            sent_before: setup.record.status.bytes_sent,
             workers: Workers::start(label)?,
             port: LinkPort::new(setup.link, setup.record.id),
             status: setup.record.status.clone(),
@@ -226,7 +233,8 @@ impl<D> Base<D> {
         let handle = self.port.link().handle();
         self.status.link_up = self.port.is_up();
         let on_link = handle.bytes_sent() + handle.bytes_received();
-        self.status.bytes_on_link = on_link.saturating_sub(self.link_bytes_before);
+        self.status.bytes_on_link =
+            self.on_link_before + on_link.saturating_sub(self.link_bytes_before);
         let mut status = self.status.clone();
         if !status.phase.has_ended() && !status.link_up && status.error.is_none() {
             let why = handle.last_error().map(|error| error.to_string());
@@ -237,25 +245,27 @@ impl<D> Base<D> {
         self.published.send_replace(status);
     }
 
-    /// Writes the record with the status as it is. Used at the driver's end and for commands, when
-    /// nothing urgent waits.
-    pub(crate) async fn save_record(&mut self) -> io::Result<()> {
+    /// Has the record written with the status as it is. All writes of it go through the same lane, so that
+    /// none overtakes another. The answer need not be waited for.
+    pub(crate) fn save_record(&mut self) -> oneshot::Receiver<io::Result<()>> {
         self.record.status = self.status.clone();
         let (store, record) = (self.store.clone(), self.record.clone());
-        tokio::task::spawn_blocking(move || store.save(&record))
-            .await
-            .unwrap_or_else(|panic| Err(io::Error::other(panic)))
+        let (answer, answered) = oneshot::channel();
+        self.workers.record(move || {
+            let saved = store.save(&record);
+            if let Err(error) = &saved {
+                tracing::error!(migration = %record.id, "its record cannot be written: {error}");
+            }
+            // Nobody waits for it where a failure only costs what a restart knows.
+            let _ = answer.send(saved);
+        });
+        answered
     }
 
-    /// Waits for the workers and gives the last status away.
+    /// Lets the workers finish, writes the record, and gives the last status away.
     pub(crate) async fn close(mut self, outcome: Outcome) -> (MigrationRecord, Outcome) {
-        if let Err(error) = self.save_record().await {
-            let id = self.record.id;
-            self.note(format!(
-                "the record of migration {id} cannot be written: {error}"
-            ));
-        }
-        self.publish();
+        // The last job of its lane, and `finish` waits for all lanes.
+        drop(self.save_record());
         let workers = self.workers;
         if tokio::task::spawn_blocking(move || workers.finish())
             .await
@@ -263,7 +273,6 @@ impl<D> Base<D> {
         {
             tracing::error!(migration = %self.record.id, "waiting for the workers failed");
         }
-        self.record.status = self.status;
         (self.record, outcome)
     }
 }

@@ -169,6 +169,17 @@ impl SourceDriver {
         self.machine.handle_switchover(now, Switchover::WhenReady);
     }
 
+    /// Syncs the image while the guest still runs, so that the sync before `Prepared` has little left to do.
+    fn sync_ahead(&mut self) {
+        let volume = self.base.volume.clone();
+        self.base.workers.record(move || {
+            if let Err(error) = volume.sync() {
+                // The one that counts will say so, too.
+                tracing::warn!(volume = %volume.name(), "syncing the image failed: {error}");
+            }
+        });
+    }
+
     async fn command(&mut self, command: Command) {
         let too_late = matches!(
             self.machine.phase(),
@@ -188,7 +199,8 @@ impl SourceDriver {
         } else {
             self.base.record.switchover_asked = true;
         }
-        if let Err(error) = self.base.save_record().await {
+        let saved = self.base.save_record().await;
+        if let Err(error) = saved.unwrap_or_else(|gone| Err(io::Error::other(gone))) {
             let _ = answer.send(Err(CommandError::Io(error)));
             return;
         }
@@ -196,6 +208,7 @@ impl SourceDriver {
         if is_cancel {
             self.machine.handle_cancel(now);
         } else {
+            self.sync_ahead();
             self.grant(now);
         }
         self.act();
@@ -332,6 +345,7 @@ impl SourceDriver {
             SourceEvent::Phase(phase) => self.base.set_phase(api_phase(phase)),
             SourceEvent::ReadyForSwitchover => {
                 tracing::info!(migration = %self.base.record.id, "ready for the switchover");
+                self.sync_ahead();
             }
             SourceEvent::SwitchedOver => {
                 let stopped = self.stopped_at.take();
@@ -344,6 +358,7 @@ impl SourceDriver {
                     migration = %self.base.record.id, volume = %self.base.record.volume,
                     downtime_ms = downtime, "the target owns the volume"
                 );
+                drop(self.base.save_record());
             }
             SourceEvent::Completed | SourceEvent::Cancelled => {}
             SourceEvent::Failed(error) => {
@@ -363,7 +378,7 @@ impl SourceDriver {
         let phase = self.machine.phase();
         let status = &mut self.base.status;
         status.ready_for_switchover = progress.ready && phase == SourcePhase::PreCopy;
-        status.bytes_sent = progress.content_bytes_sent;
+        status.bytes_sent = self.base.sent_before + progress.content_bytes_sent;
         status.blocks_pending = progress.blocks_left;
         status.guest_reads = progress.target.guest_reads;
         status.guest_reads_missed = progress.target.guest_reads_missed;

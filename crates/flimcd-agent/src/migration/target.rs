@@ -49,6 +49,9 @@ pub(crate) struct TargetDriver {
     look_at: Time,
     /// What arrived must be removed at the end.
     discard: bool,
+    /// What an agent that ran before had counted.
+    reads_before: u64,
+    reads_missed_before: u64,
     /// The credit of the message that the machine is looking at.
     credit: Option<Credit>,
 }
@@ -59,6 +62,8 @@ impl TargetDriver {
         Ok(Self {
             machine: TargetMachine::new(begin.config, begin.start, base.now()),
             look_at: base.now(),
+            reads_before: base.status.guest_reads,
+            reads_missed_before: base.status.guest_reads_missed,
             base,
             discard: false,
             credit: None,
@@ -68,7 +73,10 @@ impl TargetDriver {
     /// Drives the migration until it is over or the agent stops. Also says whether what arrived
     /// must be removed.
     pub(crate) async fn run(mut self) -> (MigrationRecord, Outcome, bool) {
+        // The machine tells of changes only.
+        self.base.set_phase(api_phase(self.machine.phase()));
         self.act();
+        self.publish();
         loop {
             let is_over = match self.machine.phase() {
                 // The source may not know yet; should the link break now, it asks again and is
@@ -172,8 +180,11 @@ impl TargetDriver {
             self.machine.handle_overwritten(now, &overwritten);
         }
         let stats = self.base.volume.stats();
-        self.machine
-            .handle_guest_stats(now, stats.guest_reads, stats.guest_reads_missed);
+        self.machine.handle_guest_stats(
+            now,
+            self.reads_before + stats.guest_reads,
+            self.reads_missed_before + stats.guest_reads_missed,
+        );
         let missing = self.base.volume.missing_count();
         self.machine.handle_missing(now, missing);
     }
@@ -298,6 +309,7 @@ impl TargetDriver {
                     migration = %self.base.record.id, volume = %self.base.record.volume, %epoch,
                     "the volume is owned here"
                 );
+                drop(self.base.save_record());
             }
             TargetEvent::Completed | TargetEvent::Cancelled => {}
             TargetEvent::Failed(error) => {

@@ -14,6 +14,7 @@ use flimcd_content::{Compression, Decoder, Encoder};
 use flimcd_core::{BlockRange, ChunkIndex};
 use std::{
     io,
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, Barrier,
         mpsc::{Receiver, Sender, channel},
@@ -75,7 +76,7 @@ impl Workers {
         threads.push(named.spawn(move || {
             let mut tools = Tools::new();
             for job in receiver {
-                job(&mut tools);
+                run(job, &mut tools);
             }
         })?);
         Ok(Self {
@@ -144,15 +145,24 @@ impl Workers {
     }
 }
 
+/// Runs a job. One that panics never answers, and its migration stands still from then on; the other
+/// work of the thread, and whoever meets it at a barrier, must not.
+fn run(job: Job, tools: &mut Tools) {
+    if catch_unwind(AssertUnwindSafe(|| job(tools))).is_err() {
+        tracing::error!("a migration's work has panicked; restart the agent to go on with it");
+        *tools = Tools::new();
+    }
+}
+
 fn run_lane(work: &Receiver<Work>) {
     let mut tools = Tools::new();
     for work in work {
         match work {
-            Work::Do(job) => job(&mut tools),
+            Work::Do(job) => run(job, &mut tools),
             Work::Alone(barrier, job) => {
                 barrier.wait();
                 if let Some(job) = job {
-                    job(&mut tools);
+                    run(job, &mut tools);
                 }
                 barrier.wait();
             }

@@ -1,9 +1,11 @@
 //! Agents that are killed as `kill -9` does, or stopped, in every phase, and started again.
 
+use std::{sync::atomic::Ordering, time::Duration};
+
 use flimcd_agent::api::{ImportVolume, OwnershipState, Phase, Strategy, Switchover};
 
 use crate::{
-    guest::{Guest, content, write_sparse},
+    guest::{Guest, Rng, content, write_sparse},
     site::{Process, World, ended, in_phase, name, peer_table, to_beta, until},
 };
 
@@ -140,4 +142,76 @@ interruptions! {
     both_killed_in_postcopy: KillBoth, Postcopy, Postcopy;
     source_stopped_in_postcopy: StopSource, Postcopy, Postcopy;
     target_stopped_in_postcopy: StopTarget, Postcopy, Postcopy;
+}
+
+/// Not part of a normal run: agents are killed at random moments, over and over, with every strategy.
+/// `FLIMCD_SOAK_SEEDS=1..20 cargo test -p flimcd-agent --test it soak -- --ignored --nocapture`
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "takes minutes; for looking for rare faults"]
+async fn soak() {
+    let seeds = std::env::var("FLIMCD_SOAK_SEEDS").unwrap_or_else(|_| "1..5".to_owned());
+    let (first, end) = seeds.split_once("..").unwrap();
+    for seed in first.parse().unwrap()..end.parse().unwrap() {
+        let summary = soak_once(seed).await;
+        eprintln!("seed {seed}: {summary}");
+    }
+}
+
+async fn soak_once(seed: u64) -> String {
+    let mut rng = Rng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+    let mut world = World::new();
+    let (mut source, mut target) = start(&mut world).await;
+    let image = world.dir.path().join("disk.img");
+    let content = content(16 * MIB, seed);
+    write_sparse(&image, &content);
+    let import = ImportVolume {
+        name: name("vm"),
+        path: image,
+        tenant: None,
+    };
+    source.client.import_volume(&import).await.unwrap();
+    let sockets = [world.source.socket("vm"), world.target.socket("vm")];
+    let running = Guest::new(content, seed).start(&sockets, "vm");
+    let strategy = Strategy::ALL[rng.below(3) as usize];
+    let mut request = to_beta(strategy, Switchover::Manual);
+    request.bandwidth_bytes_per_sec = Some(4 << 20);
+    source.client.migrate(&name("vm"), &request).await.unwrap();
+    // Asked for in the beginning: it stays on record, whoever is killed.
+    source.client.switchover(&name("vm")).await.unwrap();
+    let mut kills = 0;
+    for _ in 0..12 {
+        tokio::time::sleep(Duration::from_millis(rng.below(600))).await;
+        let all = source.client.migrations().await.unwrap();
+        if all[0].phase.has_ended() {
+            break;
+        }
+        kills += 1;
+        let who = rng.below(3);
+        if who != 0 {
+            source.end(false).await;
+        }
+        if who != 1 {
+            target.end(false).await;
+        }
+        if who != 1 {
+            target = world.target.start_process().await;
+        }
+        if who != 0 {
+            source = world.source.start_process().await;
+        }
+    }
+    let at_source = ended(&source.client, "vm").await;
+    assert_eq!(at_source.phase, Phase::Completed, "{at_source:?}");
+    assert_eq!(ended(&target.client, "vm").await.phase, Phase::Completed);
+    let before = running.count();
+    until("the guest works", async || running.count() > before + 20).await;
+    let guest = running.stop().await;
+    guest.check_all(&sockets[1], "vm");
+    source.end(true).await;
+    target.end(true).await;
+    guest.check_file(&world.target.image("vm"));
+    format!(
+        "{strategy}, {kills} kills, {} requests",
+        guest.requests.load(Ordering::Relaxed)
+    )
 }

@@ -7,8 +7,10 @@
 
 mod api;
 mod crash;
+mod cuts;
 mod guest;
 mod migrate;
+mod proxy;
 mod refuse;
 mod site;
 
