@@ -81,6 +81,23 @@ impl World {
         let mean = self.plan.faults.interval_us;
         let next = after(self.now, &mut self.dice, mean / 4, mean * 2);
         self.at(next, Event::Fault);
+        self.strike();
+    }
+
+    /// A machine has come to a new phase: something may go wrong right then, when it matters.
+    pub(crate) fn aim(&mut self) {
+        if self.dice.permille(self.plan.faults.aimed_permille) {
+            let widest = self.dice.pick(&[1_000, 20_000, 200_000]);
+            let soon = after(self.now, &mut self.dice, 0, widest);
+            self.at(soon, Event::Strike);
+        }
+    }
+
+    /// Something goes wrong.
+    pub(crate) fn strike(&mut self) {
+        if !self.noisy() || self.plan.faults.kinds.is_empty() {
+            return;
+        }
         let fault = self.dice.pick(&self.plan.faults.kinds);
         self.trace(|| format!("fault: {fault:?}"));
         self.cover(fault.name());

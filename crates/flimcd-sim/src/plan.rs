@@ -60,6 +60,8 @@ pub(crate) struct OperatorPlan {
 pub(crate) struct FaultPlan {
     pub(crate) kinds: Vec<Fault>,
     pub(crate) interval_us: u64,
+    /// In how many of a thousand cases a new phase draws a fault.
+    pub(crate) aimed_permille: u64,
     /// Nothing goes wrong any more from here on.
     pub(crate) quiet_at: Time,
     /// How many of a thousand sectors that were not synced survive a power loss.
@@ -186,6 +188,7 @@ impl Plan {
         FaultPlan {
             kinds,
             interval_us: dice.log_between(30_000, 1_500_000),
+            aimed_permille: dice.pick(&[0, 100, 500]),
             quiet_at,
             kept_permille: dice.pick(&[0, 500, 1000]),
             power_at_the_end: options.faults && dice.permille(300),

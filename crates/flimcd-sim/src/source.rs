@@ -314,6 +314,9 @@ impl World {
 
     fn source_event(&mut self, event: &SourceEvent) {
         self.trace(|| format!("source: {event:?}"));
+        if matches!(event, SourceEvent::Phase(_)) {
+            self.aim();
+        }
         match event {
             SourceEvent::Phase(phase) => self.cover(match phase {
                 SourcePhase::Connecting => "source Connecting",

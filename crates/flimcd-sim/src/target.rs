@@ -252,6 +252,9 @@ impl World {
 
     fn target_event(&mut self, event: &TargetEvent) {
         self.trace(|| format!("target: {event:?}"));
+        if matches!(event, TargetEvent::Phase(_)) {
+            self.aim();
+        }
         match event {
             TargetEvent::Phase(phase) => self.cover(match phase {
                 TargetPhase::Incoming => "target Incoming",

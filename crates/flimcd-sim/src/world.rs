@@ -113,6 +113,8 @@ pub(crate) enum Event {
         site: Site,
     },
     Fault,
+    /// A fault that is aimed at a phase.
+    Strike,
     /// A link that flaps goes down once more.
     Flap {
         left: u32,
@@ -328,6 +330,7 @@ impl World {
             Event::Grant => self.grant(),
             Event::Cancel { site } => self.cancel(site),
             Event::Fault => self.fault(),
+            Event::Strike => self.strike(),
             Event::Flap { left } => self.flap(left),
             Event::DiskHeals { site } => self.disk_heals(site),
             Event::Quiet => self.quiet(),

@@ -70,8 +70,8 @@ pub enum Message {
         missing_blocks: u64,
         /// Messages that carry outdated content: dropped if they arrive after this.
         stale: SeqRuns,
-        /// Messages on their way with current content, whose blocks are in the missing set: what of
-        /// them has arrived already is not missing.
+        /// Messages with current content whose blocks are in the missing set, because they are on their
+        /// way or will be: what of them has arrived already is not missing.
         in_flight: SeqRuns,
     },
     /// The source wants `epoch` back, if the target has not become its owner.

@@ -259,12 +259,9 @@ impl Flights {
         stale
     }
 
-    /// Numbers of the messages that the link has.
-    pub(super) fn sent(&self) -> SeqSet {
-        let sent = |(seq, flight): (&Seq, &Flight)| {
-            (flight.stage == Stage::Sent).then_some((seq.0, seq.0 + 1))
-        };
-        self.flights.iter().filter_map(sent).collect()
+    /// All numbers in flight.
+    pub(super) fn numbers(&self) -> SeqSet {
+        self.flights.keys().map(|seq| (seq.0, seq.0 + 1)).collect()
     }
 
     /// Flights of `range`'s blocks that can still be made urgent, and the blocks in no flight.

@@ -154,7 +154,8 @@ impl SourceMachine {
             parts: count,
             missing_blocks: missing.count(),
             stale: SeqRuns(stale),
-            in_flight: SeqRuns(self.flights.sent()),
+            // Also what the link does not have yet: on its own lane it may overtake this message.
+            in_flight: SeqRuns(self.flights.numbers()),
         });
     }
 

@@ -1,0 +1,7 @@
+//! The two machines joined in memory, with a clock that jumps to the next thing that happens.
+
+mod crashes;
+mod handover;
+mod links;
+mod pair;
+mod strategies;

@@ -1,0 +1,536 @@
+//! A source machine and a target machine with everything around them as small as it can be: an image is a number per block, I/O
+//! takes no time, records are variables. What takes time is the link, which has a lane for each class.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use flimcd_core::{
+    BLOCK_SIZE, BlockIndex, BlockRange, BlockSet, Epoch, MigrationId, Seq, SeqSet, Time, VolumeId,
+    VolumeSize,
+};
+use flimcd_migrate::{
+    DiskError, LinkEstimate, SourceAction, SourceConfig, SourceEvent, SourceMachine, SourcePhase,
+    SourceRecord, SourceStart, Switchover, TargetAction, TargetConfig, TargetEvent, TargetMachine,
+    TargetPhase, TargetStart, policy,
+};
+use flimcd_wire::{Blocks, Class, Content, Entry, Message, SourceStage, TargetStage};
+
+/// Blocks of the volume.
+pub(crate) const BLOCKS: u64 = 64;
+/// One way.
+pub(crate) const DELAY: Duration = Duration::from_millis(10);
+/// Between two messages of one lane.
+const PACE: Duration = Duration::from_micros(200);
+
+/// What has been put on a lane and when it arrives.
+type Lane = VecDeque<(Time, Message)>;
+
+/// See the module.
+pub(crate) struct Pair {
+    pub(crate) now: Time,
+    strategy: &'static str,
+    pub(crate) source: SourceMachine,
+    pub(crate) target: TargetMachine,
+    to_target: BTreeMap<Class, Lane>,
+    to_source: BTreeMap<Class, Lane>,
+    link_up: bool,
+    incarnation: u64,
+
+    /// The source's volume.
+    pub(crate) image: Vec<u64>,
+    pub(crate) dirty: BlockSet,
+    pub(crate) unacked: BlockSet,
+    /// Whether the guest is served at the source.
+    pub(crate) serving: bool,
+    pub(crate) record: SourceRecord,
+
+    /// The target's volume.
+    pub(crate) arrived: Vec<u64>,
+    pub(crate) missing: BlockSet,
+    pub(crate) owner: Option<Epoch>,
+    complete: bool,
+    refused: Option<Epoch>,
+    pub(crate) discarded: bool,
+    /// Blocks that a guest at the target waits for.
+    waiting: Vec<BlockRange>,
+    /// The target's disk fails when it should take the volume over.
+    pub(crate) take_over_fails: bool,
+
+    /// Everything that went to the link with content.
+    pub(crate) sent: Vec<(Class, Blocks)>,
+    /// Messages that arrived, by anyone.
+    pub(crate) delivered: usize,
+    /// What a block was when it last arrived; emptied by crashes.
+    known: BTreeMap<u64, u64>,
+    /// Messages that the source has given up because some of their blocks were outdated at the switch.
+    given_up: SeqSet,
+    pub(crate) source_events: Vec<SourceEvent>,
+    pub(crate) target_events: Vec<TargetEvent>,
+}
+
+fn size() -> VolumeSize {
+    VolumeSize::new(BLOCKS * BLOCK_SIZE).unwrap()
+}
+
+fn source(strategy: &str, incarnation: u64, start: SourceStart, now: Time) -> SourceMachine {
+    let config = SourceConfig {
+        migration: MigrationId(1),
+        volume: VolumeId(1),
+        name: "vm".parse().unwrap(),
+        size: size(),
+        epoch: Epoch(1),
+        incarnation,
+    };
+    let mut machine = SourceMachine::new(config, policy::by_name(strategy).unwrap(), start, now);
+    machine.handle_estimate(
+        now,
+        LinkEstimate {
+            rate_bytes_per_sec: Some(1_000_000),
+            rtt: Some(DELAY * 2),
+        },
+    );
+    machine
+}
+
+fn target(incarnation: u64, start: TargetStart, now: Time) -> TargetMachine {
+    let config = TargetConfig {
+        migration: MigrationId(1),
+        size: size(),
+        incarnation,
+    };
+    TargetMachine::new(config, start, now)
+}
+
+fn disk_error() -> DiskError {
+    DiskError {
+        no_space: false,
+        text: "broken".to_owned(),
+    }
+}
+
+impl Pair {
+    /// A volume full of data, the link down, nothing granted.
+    pub(crate) fn new(strategy: &'static str) -> Self {
+        let data = BlockSet::full(BLOCKS);
+        let start = SourceStart::Fresh { data: data.clone() };
+        Self {
+            now: Time::ZERO,
+            strategy,
+            source: source(strategy, 1, start, Time::ZERO),
+            target: target(2, TargetStart::Fresh, Time::ZERO),
+            to_target: BTreeMap::new(),
+            to_source: BTreeMap::new(),
+            link_up: false,
+            incarnation: 2,
+            image: (1..=BLOCKS).collect(),
+            dirty: BlockSet::new(BLOCKS),
+            unacked: data,
+            serving: true,
+            record: SourceRecord::Owner,
+            arrived: vec![0; 64],
+            missing: BlockSet::new(BLOCKS),
+            owner: None,
+            complete: false,
+            refused: None,
+            discarded: false,
+            waiting: Vec::new(),
+            take_over_fails: false,
+            sent: Vec::new(),
+            delivered: 0,
+            known: BTreeMap::new(),
+            given_up: SeqSet::new(),
+            source_events: Vec::new(),
+            target_events: Vec::new(),
+        }
+    }
+
+    /// The same, under way: the link is up and the switch is granted.
+    pub(crate) fn started(strategy: &'static str) -> Self {
+        let mut pair = Self::new(strategy);
+        pair.link_up();
+        pair.source
+            .handle_switchover(pair.now, Switchover::WhenReady);
+        pair
+    }
+
+    // ---- what a test does
+
+    pub(crate) fn link_up(&mut self) {
+        self.link_up = true;
+        self.source.handle_link_up(self.now);
+        self.target.handle_link_up(self.now);
+    }
+
+    /// Loses everything on its way.
+    pub(crate) fn link_down(&mut self) {
+        if std::mem::replace(&mut self.link_up, false) {
+            self.source.handle_link_down(self.now);
+            self.target.handle_link_down(self.now);
+        }
+        self.to_target.clear();
+        self.to_source.clear();
+    }
+
+    /// The guest writes a block, wherever it is served.
+    pub(crate) fn write(&mut self, block: u64, value: u64) {
+        let at = usize::try_from(block).unwrap();
+        if self.owner.is_some() {
+            self.arrived[at] = value;
+            if self.missing.remove(BlockIndex(block)) {
+                let mut overwritten = BlockSet::new(BLOCKS);
+                overwritten.insert(BlockIndex(block));
+                self.target.handle_overwritten(self.now, &overwritten);
+                self.target.handle_missing(self.now, self.missing.count());
+            }
+        } else {
+            assert!(self.serving, "nobody serves the guest");
+            self.image[at] = value;
+            self.dirty.insert(BlockIndex(block));
+            self.unacked.insert(BlockIndex(block));
+        }
+    }
+
+    /// The guest at the target reads blocks, and waits for them if it must.
+    pub(crate) fn read_at_target(&mut self, range: BlockRange) {
+        if self.missing.intersects(range) {
+            self.waiting.push(range);
+            let runs: Vec<_> = self.missing.runs_in(range).collect();
+            for run in runs {
+                self.target.handle_fault(self.now, run);
+            }
+        }
+    }
+
+    pub(crate) fn restart_source(&mut self) {
+        self.link_down();
+        self.known.clear();
+        let stage = match self.record {
+            SourceRecord::Owner => SourceStage::Owner,
+            SourceRecord::Prepared(epoch) => SourceStage::Prepared(epoch),
+            SourceRecord::Released(epoch) => SourceStage::Released(epoch),
+            SourceRecord::Retired(_) => return,
+        };
+        self.serving = self.record == SourceRecord::Owner;
+        self.incarnation += 1;
+        self.given_up = SeqSet::new();
+        let start = SourceStart::Resume {
+            stage,
+            unacked: self.unacked.clone(),
+        };
+        self.source = source(self.strategy, self.incarnation, start, self.now);
+        self.source
+            .handle_switchover(self.now, Switchover::WhenReady);
+    }
+
+    pub(crate) fn restart_target(&mut self) {
+        self.link_down();
+        self.known.clear();
+        self.waiting.clear();
+        let stage = match (self.owner, self.complete) {
+            (Some(epoch), true) => TargetStage::Complete(epoch),
+            (Some(epoch), false) => TargetStage::Owner(epoch),
+            (None, _) => TargetStage::Incoming,
+        };
+        self.incarnation += 1;
+        let start = TargetStart::Resume {
+            stage,
+            refused: self.refused,
+            missing_blocks: self.missing.count(),
+        };
+        self.target = target(self.incarnation, start, self.now);
+    }
+
+    /// Goes on until nothing is left to do, or the two have nothing more to say for ten seconds.
+    pub(crate) fn drive(&mut self) {
+        let quiet = self.now + Duration::from_secs(30);
+        self.drive_until(|pair| pair.now > quiet || pair.is_over());
+    }
+
+    /// Goes on until so many messages have arrived in all, or everything is over.
+    pub(crate) fn drive_messages(&mut self, delivered: usize) {
+        let late = self.now + Duration::from_secs(30);
+        self.drive_until(|pair| pair.delivered >= delivered || pair.is_over() || pair.now > late);
+    }
+
+    pub(crate) fn drive_until(&mut self, done: impl Fn(&Self) -> bool) {
+        loop {
+            self.settle();
+            if done(self) || !self.step() {
+                return;
+            }
+        }
+    }
+
+    pub(crate) fn is_over(&self) -> bool {
+        self.source.phase().is_final() && self.target.is_final()
+    }
+
+    /// Both have ended well and the images are what the guest made them.
+    #[track_caller]
+    pub(crate) fn assert_completed(&self) {
+        assert_eq!(self.source.phase(), SourcePhase::Completed);
+        assert_eq!(self.target.phase(), TargetPhase::Complete);
+        assert_eq!(self.owner, Some(Epoch(2)));
+        assert!(!self.serving, "two sites serve the guest");
+        assert!(self.missing.is_empty());
+        assert_eq!(self.record, SourceRecord::Retired(Epoch(2)));
+    }
+
+    /// The guest is where it was, and the target has forgotten everything.
+    #[track_caller]
+    pub(crate) fn assert_at_source(&self) {
+        assert!(self.serving, "nobody serves the guest");
+        assert_eq!(self.owner, None);
+        assert_eq!(self.record, SourceRecord::Owner);
+    }
+
+    // ---- the drivers
+
+    /// Does everything that needs no time.
+    fn settle(&mut self) {
+        loop {
+            let mut calm = true;
+            while let Some(action) = self.source.poll_action() {
+                calm = false;
+                self.source_action(action);
+            }
+            while let Some(action) = self.target.poll_action() {
+                calm = false;
+                self.target_action(action);
+            }
+            self.source_events
+                .extend(std::iter::from_fn(|| self.source.poll_event()));
+            self.target_events
+                .extend(std::iter::from_fn(|| self.target.poll_event()));
+            calm &= !self.transmit();
+            if calm {
+                return;
+            }
+        }
+    }
+
+    fn transmit(&mut self) -> bool {
+        let mut any = false;
+        while let Some((class, message)) = self.source.poll_transmit(&|_| true) {
+            if let Message::Blocks(blocks) = &message {
+                self.check_sent(blocks);
+                self.sent.push((class, blocks.clone()));
+            }
+            if let Message::Switch { stale, .. } = &message {
+                self.given_up.union_with(&stale.0);
+                let given_up = |(_, blocks): &&(Class, Blocks)| stale.0.contains(blocks.seq);
+                for (_, blocks) in self.sent.iter().filter(given_up) {
+                    for (block, _) in content(blocks) {
+                        self.known.remove(&block);
+                    }
+                }
+            }
+            put(self.to_target.entry(class).or_default(), self.now, message);
+            any = true;
+        }
+        while let Some((class, message)) = self.target.poll_transmit(&|_| true) {
+            put(self.to_source.entry(class).or_default(), self.now, message);
+            any = true;
+        }
+        any
+    }
+
+    /// A block that arrived as it is must not be sent again.
+    fn check_sent(&self, blocks: &Blocks) {
+        for (block, value) in content(blocks) {
+            assert_ne!(
+                self.known.get(&block),
+                Some(&value),
+                "block {block} is sent again in {:?}",
+                blocks.seq
+            );
+        }
+    }
+
+    /// Lets the next thing happen; false when there is none.
+    fn step(&mut self) -> bool {
+        let arrivals = self.to_target.values().chain(self.to_source.values());
+        let next_arrival = arrivals
+            .filter_map(|lane| lane.front())
+            .map(|(at, _)| *at)
+            .min();
+        let timers = [self.source.poll_timeout(), self.target.poll_timeout()];
+        let next_timer = timers.into_iter().flatten().min();
+        let Some(next) = next_arrival.into_iter().chain(next_timer).min() else {
+            return false;
+        };
+        self.now = self.now.max(next);
+        if let Some(message) = take(&mut self.to_target, self.now) {
+            self.delivered += 1;
+            if let Message::Blocks(blocks) = &message
+                && !self.given_up.contains(blocks.seq)
+            {
+                self.known.extend(content(blocks));
+            }
+            self.target.handle_message(self.now, message);
+        } else if let Some(message) = take(&mut self.to_source, self.now) {
+            self.delivered += 1;
+            self.source.handle_message(self.now, message);
+        } else {
+            if self.source.poll_timeout().is_some_and(|at| at <= self.now) {
+                self.drain_dirty();
+                self.source.handle_timeout(self.now);
+            }
+            if self.target.poll_timeout().is_some_and(|at| at <= self.now) {
+                self.target.handle_timeout(self.now);
+            }
+        }
+        true
+    }
+
+    fn take_dirty(&mut self) -> BlockSet {
+        std::mem::replace(&mut self.dirty, BlockSet::new(BLOCKS))
+    }
+
+    /// Tells the machine what the guest has written.
+    pub(crate) fn drain_dirty(&mut self) {
+        if self.source.phase().wants_dirty() && !self.dirty.is_empty() {
+            let dirty = self.take_dirty();
+            self.source.handle_dirtied(self.now, &dirty);
+        }
+    }
+
+    fn source_action(&mut self, action: SourceAction) {
+        match action {
+            SourceAction::Read { seq, range, .. } => {
+                self.dirty.remove_range(range);
+                let values = range
+                    .iter()
+                    .map(|b| self.image[usize::try_from(b.0).unwrap()]);
+                let payload: Vec<u8> = values.flat_map(u64::to_le_bytes).collect();
+                let len = u32::try_from(payload.len()).unwrap();
+                let content = Content::Raw { len };
+                let entries = vec![Entry { range, content }];
+                self.source
+                    .handle_read(self.now, seq, Ok((entries, Bytes::from(payload))));
+            }
+            SourceAction::MarkClean(ranges) => {
+                for block in ranges.into_iter().flat_map(BlockRange::iter) {
+                    if !self.dirty.contains(block) {
+                        self.unacked.remove(block);
+                    }
+                }
+            }
+            SourceAction::Freeze => {
+                self.serving = false;
+                let dirty = self.take_dirty();
+                self.source.handle_frozen(self.now, &dirty);
+            }
+            SourceAction::Thaw => {
+                assert_eq!(self.owner, None, "the guest would run at both sites");
+                self.serving = true;
+            }
+            SourceAction::Persist(record) => {
+                self.record = record;
+                self.source.handle_persisted(self.now, record, Ok(()));
+            }
+            SourceAction::Release => assert!(!self.serving, "released while it serves the guest"),
+            SourceAction::SetPacing(_) => {}
+        }
+    }
+
+    fn target_action(&mut self, action: TargetAction) {
+        match action {
+            TargetAction::Apply { id, blocks } => {
+                for (block, value) in content(&blocks) {
+                    if self.owner.is_none() || self.missing.remove(BlockIndex(block)) {
+                        self.arrived[usize::try_from(block).unwrap()] = value;
+                    }
+                }
+                self.waiting.retain(|range| self.missing.intersects(*range));
+                if self.owner.is_some() {
+                    self.target.handle_missing(self.now, self.missing.count());
+                }
+                self.target.handle_applied(self.now, id, Ok(()));
+            }
+            TargetAction::Sync(id) => self.target.handle_synced(self.now, id, Ok(())),
+            TargetAction::BecomeOwner { epoch, .. } if self.take_over_fails => {
+                self.target.handle_owner(self.now, epoch, Err(disk_error()));
+            }
+            TargetAction::BecomeOwner { epoch, missing } => {
+                assert!(!self.serving, "two sites serve the guest");
+                assert_ne!(self.refused, Some(epoch), "refused, and owned all the same");
+                self.owner = Some(epoch);
+                self.missing = missing;
+                self.target.handle_owner(self.now, epoch, Ok(()));
+            }
+            TargetAction::Refuse { epoch } => {
+                self.refused = Some(epoch);
+                self.target.handle_refused(self.now, epoch, Ok(()));
+            }
+            TargetAction::RequeueFaults => {
+                for range in self.waiting.clone() {
+                    let runs: Vec<_> = self.missing.runs_in(range).collect();
+                    for run in runs {
+                        self.target.handle_fault(self.now, run);
+                    }
+                }
+            }
+            TargetAction::AskForMissing { .. } => {
+                let runs: Vec<_> = self.missing.runs().collect();
+                for run in runs {
+                    self.target.handle_fault(self.now, run);
+                }
+            }
+            TargetAction::Complete { .. } => {
+                self.complete = true;
+                self.target.handle_completed(self.now, Ok(()));
+            }
+            TargetAction::Discard => self.discarded = true,
+        }
+    }
+}
+
+fn put(lane: &mut Lane, now: Time, message: Message) {
+    let at = lane
+        .back()
+        .map_or(now + DELAY, |(last, _)| (*last + PACE).max(now + DELAY));
+    lane.push_back((at, message));
+}
+
+/// The next message that has arrived by now, most urgent class first.
+fn take(lanes: &mut BTreeMap<Class, Lane>, now: Time) -> Option<Message> {
+    let lane = lanes
+        .values_mut()
+        .filter(|lane| lane.front().is_some_and(|(at, _)| *at <= now))
+        .min_by_key(|lane| lane.front().map(|(at, _)| *at))?;
+    lane.pop_front().map(|(_, message)| message)
+}
+
+/// The blocks of a message and what they hold.
+pub(crate) fn content(blocks: &Blocks) -> Vec<(u64, u64)> {
+    blocks
+        .parts()
+        .flat_map(|(entry, payload)| {
+            let (words, _) = payload.as_chunks::<8>();
+            let values: Vec<u64> = words.iter().map(|word| u64::from_le_bytes(*word)).collect();
+            (entry.range.start..).zip(values)
+        })
+        .collect()
+}
+
+/// How often each block was sent.
+pub(crate) fn times_sent(pair: &Pair, block: u64) -> usize {
+    let of_block =
+        |(_, blocks): &&(Class, Blocks)| content(blocks).iter().any(|(b, _)| *b == block);
+    pair.sent.iter().filter(of_block).count()
+}
+
+/// Numbers of the messages that carried a block.
+pub(crate) fn seqs_of(pair: &Pair, block: u64) -> Vec<Seq> {
+    let of_block =
+        |(_, blocks): &&(Class, Blocks)| content(blocks).iter().any(|(b, _)| *b == block);
+    pair.sent
+        .iter()
+        .filter(of_block)
+        .map(|(_, blocks)| blocks.seq)
+        .collect()
+}
