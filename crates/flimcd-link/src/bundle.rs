@@ -32,6 +32,8 @@ const UNSENT_TIME_SECS: f64 = 0.004;
 const UNSENT_MAX: u32 = 1 << 20;
 /// Bulk frames that wait in the outbox, as time at the estimated rate.
 const QUEUED_TIME_SECS: f64 = 0.010;
+/// How long a lane leaves a fault to the other one.
+const LOOK_AGAIN: Duration = Duration::from_millis(2);
 /// Pings within the longest silence.
 const PINGS: u32 = 4;
 
@@ -45,8 +47,6 @@ struct Bundle {
     heard_ms: AtomicU64,
     /// The control lane's reader waits for the consumer, so that silence says nothing.
     is_held_up: AtomicBool,
-    /// The faults' socket takes no more for now.
-    are_faults_held_up: AtomicBool,
     /// A bulk lane found nothing to send, or had to wait for the user's ceiling.
     was_starved: AtomicBool,
 }
@@ -60,7 +60,6 @@ pub(crate) async fn run(link: Arc<Link>, generation: u64, lanes: Vec<Lane>) -> L
         born: Instant::now(),
         heard_ms: AtomicU64::new(0),
         is_held_up: AtomicBool::new(false),
-        are_faults_held_up: AtomicBool::new(false),
         was_starved: AtomicBool::new(true),
     });
     let mut tasks = JoinSet::new();
@@ -175,17 +174,26 @@ impl Bundle {
             socket::keep_short(&lane.tcp);
         }
         loop {
-            self.room(lane).await?;
+            lane.writable().await?;
             if lane.index == CONTROL {
                 while let Some(message) = outbox.pop_link() {
                     lane.write(&message, traffic).await?;
                 }
             }
-            let Some(class) = self.choose(lane) else {
+            let Some((class, bytes)) = outbox.peek(self.generation, lane.index) else {
                 self.starve(lane);
                 outbox.work(lane.index).await;
                 continue;
             };
+            if class == Class::Fault && self.fault_lane(bytes) != lane.index {
+                outbox.wake_lane(CONTROL + FAULTS - lane.index);
+                // The other lane may see it differently by now, or have become busy: look again soon.
+                tokio::select! {
+                    () = sleep(LOOK_AGAIN) => {}
+                    () = outbox.work(lane.index) => {}
+                }
+                continue;
+            }
             let wait = self.link.bucket().wait(class, Instant::now());
             if !wait.is_zero() {
                 self.starve(lane);
@@ -202,37 +210,25 @@ impl Bundle {
             };
             self.link.bucket().spend(class, frame.len());
             self.link.count_sent(class, frame.len());
-            if lane.index != FAULTS {
-                lane.write(&frame, traffic).await?;
-                continue;
-            }
-            // What is queued behind this one need not wait for it.
-            self.are_faults_held_up.store(true, Ordering::Relaxed);
-            if outbox.peek(self.generation, FAULTS).is_some() {
-                outbox.wake_lane(CONTROL);
-            }
-            let written = lane.write(&frame, traffic).await;
-            self.are_faults_held_up.store(false, Ordering::Relaxed);
-            written?;
+            lane.write(&frame, traffic).await?;
         }
     }
 
-    /// Waits until the lane's socket takes more. While the faults' one does not, the control lane helps.
-    async fn room(&self, lane: &Lane) -> Result<(), LinkError> {
-        if lane.index != FAULTS || lane.is_writable() {
-            return lane.writable().await;
+    /// Which lane a fault of `bytes` goes by: the one that can send it at once and has nothing to send
+    /// again, which would hold up what follows; of two such the one with less under way, so that a lost
+    /// packet holds up few; when in doubt, the faults' own.
+    fn fault_lane(&self, bytes: usize) -> u8 {
+        let [faults, control] = [FAULTS, CONTROL].map(|index| {
+            let info = socket::tcp_info(&self.lanes[usize::from(index)].tcp)?;
+            let packets = bytes.div_ceil(info.packet_bytes as usize);
+            let is_ready = info.is_in_order && info.unsent_bytes == 0;
+            (is_ready && info.room as usize >= packets).then_some(info.in_flight)
+        });
+        match (faults, control) {
+            (None, Some(_)) => CONTROL,
+            (Some(faults), Some(control)) if control < faults => CONTROL,
+            _ => FAULTS,
         }
-        self.are_faults_held_up.store(true, Ordering::Relaxed);
-        self.link.outbox.wake_lane(CONTROL);
-        let result = lane.writable().await;
-        self.are_faults_held_up.store(false, Ordering::Relaxed);
-        result
-    }
-
-    fn choose(&self, lane: &Lane) -> Option<Class> {
-        let class = self.link.outbox.peek(self.generation, lane.index)?;
-        let is_help = lane.index == CONTROL && class == Class::Fault;
-        (!is_help || self.are_faults_held_up.load(Ordering::Relaxed)).then_some(class)
     }
 
     fn starve(&self, lane: &Lane) {
@@ -313,6 +309,7 @@ impl Bundle {
         };
         // The ceiling in the kernel as well, so that its bursts are spread out.
         let ceiling = self.link.bucket().rate().map(|rate| to_f64(rate) * 1.05);
+        tracing::trace!(?estimate, ?pace, ?ceiling, "pace");
         let total = match (pace, ceiling) {
             (Some(a), Some(b)) => Some(a.min(b)),
             (a, b) => a.or(b),

@@ -19,9 +19,9 @@ use tokio::{io::Interest, net::TcpStream};
 
 use crate::{LinkError, identity, socket};
 
-/// Lane 0: what moves migrations on, and the link's own messages. Faults too, while lane 1 is held up:
-/// BBR lets a connection have four packets under way for 200 ms every ten seconds, to measure its
-/// round trip, and a lost packet holds up what follows it. This lane is idle most of the time.
+/// Lane 0: what moves migrations on, and the link's own messages. Faults as well, when that is faster:
+/// BBR lets a connection have four packets under way for 200 ms every ten seconds, to measure its round
+/// trip, and a lost packet holds up what follows it.
 pub(crate) const CONTROL: u8 = 0;
 /// Lane 1: demands and their answers.
 pub(crate) const FAULTS: u8 = 1;

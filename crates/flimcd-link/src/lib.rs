@@ -3,7 +3,7 @@
 //! # A bundle
 //! ```text
 //!            lane 0   control: what moves migrations on, pings;       ┐ one TCP connection each,
-//!                     faults, while lane 1 is held up                 │ TLS 1.3 with certificates
+//!                     faults, when that is faster than lane 1         │ TLS 1.3 with certificates
 //!  agent ══  lane 1   faults: demands and their answers               │ on both sides, a greeting,
 //!            lane 2   bulk; RAM goes here before prefetch and bulk    │ then frames
 //!            lane 3…  bulk, all sharing one queue per class           ┘

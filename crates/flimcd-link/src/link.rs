@@ -253,8 +253,8 @@ impl Link {
 /// # Sending
 /// Frames are queued per class and sent by the connection of that class: faults and control have
 /// one each; RAM, prefetch and bulk share the others, in this order. Control and RAM keep their order,
-/// prefetch and bulk too with a single bulk connection. Faults may overtake each other, because control's
-/// connection helps out when theirs is held up. Between classes there is no order.
+/// prefetch and bulk too with a single bulk connection. Faults may overtake each other, because they
+/// use control's connection as well. Between classes there is no order.
 /// What is queued or under way when the link goes down is gone.
 ///
 /// A frame is taken only while the link is up *and* its `Up` was handed out. Where frames come from

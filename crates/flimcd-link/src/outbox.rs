@@ -183,15 +183,18 @@ impl Outbox {
         Some(encode(&Body::Link(message)))
     }
 
-    /// The most urgent class that lane `index` has something of, as long as the queues are those of
-    /// `generation`.
-    pub(crate) fn peek(&self, generation: u64, index: u8) -> Option<Class> {
+    /// The most urgent class that lane `index` has something of, and the length of its first frame, as
+    /// long as the queues are those of `generation`.
+    pub(crate) fn peek(&self, generation: u64, index: u8) -> Option<(Class, usize)> {
         let inner = self.inner();
         if inner.open != Some(generation) {
             return None;
         }
-        let mut classes = lane::classes(index).iter().copied();
-        classes.find(|&class| !inner.queues[slot(class)].is_empty())
+        let mut classes = lane::classes(index).iter();
+        classes.find_map(|&class| {
+            let first = inner.queues[slot(class)].front()?;
+            Some((class, first.len()))
+        })
     }
 
     /// The first frame of a class, as long as the queues are those of `generation`.
@@ -263,14 +266,15 @@ mod tests {
         ] {
             outbox.push(None, frame(class, 10)).unwrap();
         }
-        assert_eq!(outbox.peek(1, 0), Some(Class::Control));
-        assert_eq!(outbox.peek(1, 1), Some(Class::Fault));
-        assert_eq!(outbox.peek(1, 2), Some(Class::Ram));
-        assert_eq!(outbox.peek(1, 3), Some(Class::Prefetch));
+        let peek = |index| outbox.peek(1, index).map(|(class, _)| class);
+        assert_eq!(peek(0), Some(Class::Control));
+        assert_eq!(peek(1), Some(Class::Fault));
+        assert_eq!(peek(2), Some(Class::Ram));
+        assert_eq!(peek(3), Some(Class::Prefetch));
         outbox.pop(1, Class::Ram).unwrap();
-        assert_eq!(outbox.peek(1, 2), Some(Class::Prefetch));
+        assert_eq!(peek(2), Some(Class::Prefetch));
         outbox.pop(1, Class::Prefetch).unwrap();
-        assert_eq!(outbox.peek(1, 9), Some(Class::Bulk));
+        assert_eq!(peek(9), Some(Class::Bulk));
     }
 
     #[test]
@@ -306,7 +310,7 @@ mod tests {
             Err(SendError::Down)
         );
         outbox.push(Some(2), frame(Class::Bulk, 1)).unwrap();
-        assert_eq!(outbox.peek(1, 2), None);
-        assert_eq!(outbox.peek(2, 2), Some(Class::Bulk));
+        assert!(outbox.peek(1, 2).is_none());
+        assert!(outbox.peek(2, 2).is_some());
     }
 }

@@ -9,15 +9,18 @@ use tokio::net::TcpStream;
 /// Unsent bytes in the kernel that stop further writes, until the rate is known.
 pub(crate) const NOTSENT_LOWAT: u32 = 128 * 1024;
 
-/// The same for control and faults: their frames are small, and one that waits here could have gone by
+/// The same for control and faults: as good as nothing, because what waits here could have gone by
 /// another connection.
-const NOTSENT_LOWAT_URGENT: u32 = 8 * 1024;
+const NOTSENT_LOWAT_URGENT: u32 = 2;
 
 /// Longest pause between retransmissions: without it TCP doubles the pause during an outage and
 /// notices the link's return late by as much.
 const RTO_MAX: Duration = Duration::from_secs(1);
 /// Linux 6.15 and later; not in libc yet.
 const TCP_RTO_MAX_MS: libc::c_int = 44;
+
+/// `tcpi_ca_state` of a connection that has no reason to send anything again.
+const TCP_CA_OPEN: u8 = 0;
 
 /// Settings that every connection of a link gets, dialled or accepted.
 pub(crate) fn prepare(tcp: &TcpStream, user_timeout: Duration) {
@@ -89,20 +92,24 @@ pub(crate) fn discard_on_close(tcp: &TcpStream) {
 }
 
 /// What the kernel knows about a connection.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct TcpInfo {
     /// Bytes that reached the peer's kernel, whether or not in order.
     pub(crate) delivered_bytes: u64,
-    /// The kernel's estimate of the delivery rate, bytes per second; 0 when unknown.
-    pub(crate) delivery_rate: u64,
-    /// Whether the last estimate was limited by a lack of data to send.
-    pub(crate) is_app_limited: bool,
     /// Smoothed round trip.
     pub(crate) rtt: Duration,
     /// Least round trip seen lately; `None` before the first.
     pub(crate) rtt_min: Option<Duration>,
     /// Bytes that the kernel holds and has not sent yet.
     pub(crate) unsent_bytes: u64,
+    /// Packets on their way.
+    pub(crate) in_flight: u32,
+    /// How many more packets may be sent at once.
+    pub(crate) room: u32,
+    /// Bytes in a full packet.
+    pub(crate) packet_bytes: u32,
+    /// Nothing seems lost or out of order.
+    pub(crate) is_in_order: bool,
 }
 
 /// Asks the kernel; `None` where it does not tell.
@@ -125,26 +132,19 @@ pub(crate) fn tcp_info(tcp: &TcpStream) -> Option<TcpInfo> {
     if result != 0 {
         return None;
     }
+    let in_flight =
+        (info.tcpi_unacked + info.tcpi_retrans).saturating_sub(info.tcpi_sacked + info.tcpi_lost);
     let has_rtt = info.tcpi_min_rtt != 0 && info.tcpi_min_rtt != u32::MAX;
     Some(TcpInfo {
         delivered_bytes: u64::from(info.tcpi_delivered) * u64::from(info.tcpi_snd_mss),
-        delivery_rate: info.tcpi_delivery_rate,
-        // The lowest bit of the byte after the window scales, which libc gives no name of its own.
-        is_app_limited: delivery_rate_app_limited(&info),
         rtt: Duration::from_micros(info.tcpi_rtt.into()),
         rtt_min: has_rtt.then(|| Duration::from_micros(info.tcpi_min_rtt.into())),
         unsent_bytes: info.tcpi_notsent_bytes.into(),
+        in_flight,
+        room: info.tcpi_snd_cwnd.saturating_sub(in_flight),
+        packet_bytes: info.tcpi_snd_mss.max(1),
+        is_in_order: info.tcpi_ca_state == TCP_CA_OPEN,
     })
-}
-
-/// `tcpi_delivery_rate_app_limited`, a bit field that follows the window scales: byte 7.
-fn delivery_rate_app_limited(info: &libc::tcp_info) -> bool {
-    let byte = mem::offset_of!(libc::tcp_info, tcpi_snd_rcv_wscale) + 1;
-    debug_assert_eq!(byte, 7);
-    // SAFETY: byte 7 lies inside the struct, which was zeroed as a whole, so that padding is
-    // initialised too; a u8 has no alignment.
-    let bits = unsafe { (&raw const *info).cast::<u8>().add(byte).read() };
-    bits & 1 != 0
 }
 
 fn set_option<T>(tcp: &TcpStream, level: i32, name: i32, value: &T) -> io::Result<()> {
