@@ -33,6 +33,7 @@ pub(crate) enum Flow {
 }
 
 /// What follows a flush.
+#[derive(Clone, Copy)]
 pub(crate) enum AfterFlush {
     Guest(RequestId),
     Machine(SyncId),
@@ -186,7 +187,7 @@ impl World {
             }
             (Flow::BecomeOwner { epoch, .. }, Err(error)) => {
                 return self.target_input(move |machine, now| {
-                    machine.handle_owner(now, epoch, Err(error))
+                    machine.handle_owner(now, epoch, Err(error));
                 });
             }
             (Flow::Refuse(epoch), result) => {
@@ -211,7 +212,7 @@ impl World {
 
     fn flushed(&mut self, site: Site, then: AfterFlush, result: Result<(), DiskError>) {
         match then {
-            AfterFlush::Guest(request) => self.guest_flushed(site, request, result),
+            AfterFlush::Guest(request) => self.guest_flushed(request, result.is_ok()),
             AfterFlush::Machine(id) => {
                 self.target_input(move |machine, now| machine.handle_synced(now, id, result));
             }
@@ -219,7 +220,7 @@ impl World {
                 Ok(()) => self.start_flow(site, Flow::Complete(epoch)),
                 Err(error) => {
                     self.target_input(move |machine, now| {
-                        machine.handle_completed(now, Err(error))
+                        machine.handle_completed(now, Err(error));
                     });
                 }
             },

@@ -124,15 +124,11 @@ impl World {
     }
 
     /// A flush, or a durable write, ended.
-    pub(crate) fn guest_flushed(
-        &mut self,
-        _site: Site,
-        request: RequestId,
-        result: Result<(), DiskError>,
-    ) {
-        let answer = match result {
-            Ok(()) => Answer::Done(Vec::new()),
-            Err(_) => Answer::Error,
+    pub(crate) fn guest_flushed(&mut self, request: RequestId, ok: bool) {
+        let answer = if ok {
+            Answer::Done(Vec::new())
+        } else {
+            Answer::Error
         };
         self.answer(request, answer);
     }

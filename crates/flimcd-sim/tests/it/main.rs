@@ -1,0 +1,4 @@
+//! Fixed seeds, and rules broken on purpose.
+
+mod broken;
+mod seeds;
