@@ -1,4 +1,5 @@
 //! Benchmarks that compare, side by side and in one run.
 
 pub mod harness;
+pub mod link;
 pub mod wan;
