@@ -1,4 +1,4 @@
-//! What other threads have to tell a port: requests that waited and are decided now.
+//! What other threads have to tell a port: requests that waited and are decided now, flushes that ended.
 
 use std::{
     io,
@@ -23,6 +23,8 @@ pub(crate) enum InboxItem {
         /// Whether a trim has to be run as zeroing.
         in_postcopy: bool,
     },
+    /// The flush in a slot ended elsewhere.
+    Flushed { slot: usize, result: io::Result<()> },
 }
 
 /// The messages of one port, and the descriptor that wakes its thread.

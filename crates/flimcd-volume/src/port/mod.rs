@@ -28,7 +28,7 @@ pub use request::{GuestError, GuestReply, GuestRequest, RequestKind};
 use crate::{
     device::{IoBuf, IoDone, IoKind, IoOp, IoQueue},
     rules::{Admission, FlushPlan, FlushStep, Outcome, Refusal},
-    volume::Volume,
+    volume::{FlushJob, Volume},
 };
 use slots::{InFlight, Slots, Stage};
 
@@ -210,11 +210,17 @@ impl GuestPort {
         let mut messages = std::mem::take(&mut self.messages);
         self.inbox.take(&mut messages);
         for message in messages.drain(..) {
-            let InboxItem::Decided {
-                ticket,
-                admission,
-                in_postcopy,
-            } = message;
+            let (ticket, admission, in_postcopy) = match message {
+                InboxItem::Decided {
+                    ticket,
+                    admission,
+                    in_postcopy,
+                } => (ticket, admission, in_postcopy),
+                InboxItem::Flushed { slot, result } => {
+                    self.end_flush(slot, result);
+                    continue;
+                }
+            };
             let slot = self.slots.unpark(ticket);
             match admission {
                 Admission::Go { newly_dirty, .. } => {
@@ -311,7 +317,9 @@ impl GuestPort {
                         }
                     }
                     Stage::Sync(plan) => synced.push((slot, plan, result)),
-                    Stage::Parked(_) | Stage::Ended => unreachable!("no I/O in this stage"),
+                    Stage::Parked(_) | Stage::Presence | Stage::Ended => {
+                        unreachable!("no I/O in this stage")
+                    }
                 }
             }
         });
@@ -334,15 +342,36 @@ impl GuestPort {
         self.pushed = true;
     }
 
-    /// The data is durable, or is not; the rest of the flush follows here.
+    /// The data is durable, or is not. In post-copy the presence follows, on another thread.
     fn end_sync(&mut self, slot: usize, mut plan: FlushPlan, result: io::Result<()>) {
-        let result = self
-            .volume
-            .check_sync(result)
-            .and_then(|()| self.volume.run_flush(&mut plan));
+        let mut result = self.volume.check_sync(result);
+        if result.is_ok() {
+            if !plan.is_data_only() {
+                self.slots.get_mut(slot).stage = Stage::Presence;
+                self.finish_elsewhere(slot, plan);
+                return;
+            }
+            result = self.volume.run_flush(&mut plan);
+        }
         self.volume
             .core()
             .change(|core| core.rules.end_flush(plan, result.is_ok()));
+        self.end_flush(slot, result);
+    }
+
+    fn finish_elsewhere(&self, slot: usize, plan: FlushPlan) {
+        let inbox = self.inbox.clone();
+        self.volume.finish_flush(FlushJob {
+            volume: self.volume.clone(),
+            plan,
+            done: Box::new(move |result| {
+                inbox.put(InboxItem::Flushed { slot, result });
+                inbox.signal();
+            }),
+        });
+    }
+
+    fn end_flush(&mut self, slot: usize, result: io::Result<()>) {
         let request = self.slots.remove(slot);
         self.replies
             .push(request.reply(result.map_err(GuestError::Io)));
@@ -359,25 +388,26 @@ impl Drop for GuestPort {
             // what is still parked is cancelled under the same lock.
             let mut messages = Vec::new();
             self.inbox.take_last(&mut messages);
-            for InboxItem::Decided {
-                ticket, admission, ..
-            } in &messages
-            {
-                if matches!(admission, Admission::Go { .. }) {
-                    core.rules.finish(*ticket, Outcome::Failed);
+            let mut decided = Vec::new();
+            for message in messages {
+                if let InboxItem::Decided {
+                    ticket, admission, ..
+                } = message
+                {
+                    decided.push(ticket);
+                    if matches!(admission, Admission::Go { .. }) {
+                        core.rules.finish(ticket, Outcome::Failed);
+                    }
                 }
             }
-            let decided = |ticket| {
-                messages
-                    .iter()
-                    .any(|InboxItem::Decided { ticket: t, .. }| *t == ticket)
-            };
             for request in slots.into_all() {
                 match request.stage {
                     Stage::Io(ticket) => core.rules.finish(ticket, Outcome::Failed),
-                    Stage::Parked(ticket) if !decided(ticket) => core.cancel_parked(ticket),
+                    Stage::Parked(ticket) if !decided.contains(&ticket) => {
+                        core.cancel_parked(ticket);
+                    }
                     Stage::Sync(plan) => core.rules.end_flush(plan, false),
-                    Stage::Parked(_) | Stage::Ended => {}
+                    Stage::Parked(_) | Stage::Presence | Stage::Ended => {}
                 }
             }
         });

@@ -19,6 +19,8 @@ pub(super) enum Stage {
     Io(Ticket),
     /// The data sync of its flush, which is the plan's first step and was taken from it.
     Sync(FlushPlan),
+    /// The rest of its flush, which runs elsewhere.
+    Presence,
     /// Nothing: it is being replied to.
     Ended,
 }

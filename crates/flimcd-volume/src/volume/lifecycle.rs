@@ -12,6 +12,7 @@ use flimcd_core::{Epoch, MigrationId, VolumeId, VolumeName, VolumeSize};
 
 use super::{
     SharedCore, Volume, VolumeError,
+    flusher::Flusher,
     source::Unacked,
     target::{MissingFiles, SyncHealth},
 };
@@ -227,6 +228,7 @@ impl Volume {
             ports: AtomicUsize::new(0),
             syncs: SyncHealth::default(),
             durable: Some(durable),
+            flusher: Flusher::default(),
         }))
     }
 

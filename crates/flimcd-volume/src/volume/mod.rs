@@ -6,6 +6,7 @@
 
 mod core;
 mod error;
+mod flusher;
 mod lifecycle;
 #[cfg(test)]
 mod restart_tests;
@@ -22,7 +23,7 @@ use std::{
 
 use flimcd_core::{ByteRange, VolumeName, VolumeSize};
 
-pub(crate) use self::core::SharedCore;
+pub(crate) use self::{core::SharedCore, flusher::FlushJob};
 pub use self::{
     core::VolumeObserver,
     error::VolumeError,
@@ -46,6 +47,7 @@ pub struct Volume {
     /// How the device does its I/O, for people.
     backend: String,
     durable: Option<lifecycle::Durable>,
+    flusher: flusher::Flusher,
 }
 
 impl Volume {
@@ -62,6 +64,7 @@ impl Volume {
             syncs: target::SyncHealth::default(),
             backend: "ephemeral".into(),
             durable: None,
+            flusher: flusher::Flusher::default(),
         })
     }
 
@@ -152,6 +155,11 @@ impl Volume {
 
     pub(crate) fn core(&self) -> &SharedCore {
         &self.core
+    }
+
+    /// Runs what is left of a flush elsewhere.
+    pub(crate) fn finish_flush(&self, job: FlushJob) {
+        self.flusher.run(job);
     }
 
     pub(crate) fn port_opened(&self) {

@@ -333,6 +333,7 @@ impl Volume {
             }
         }
         self.core.change(|core| core.rules.finish_postcopy());
+        self.flusher.stop();
         if let Some(durable) = &self.durable {
             *durable.missing() = None;
             durable.state().remove_missing()?;

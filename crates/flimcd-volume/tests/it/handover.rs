@@ -200,6 +200,7 @@ fn damaged_state_is_named_and_not_guessed_at() {
     let missing = dir.path().join("volumes/vm/missing");
     let good = std::fs::read(&missing).unwrap();
     let fails = |words: &str| {
+        let _no_forks = super::no_forks();
         let name = "vm".parse().unwrap();
         let opened = Volume::open(&volumes(dir.path()), &name, &OpenOptions::default());
         let error = opened.err().unwrap().to_string();

@@ -66,6 +66,7 @@ fn what_cannot_be_a_volume_is_refused_and_left_alone() {
     let image = dir.path().join("vm.raw");
     let options = OpenOptions::default();
     let new = || new_volume(dir.path(), owner(1));
+    let _no_forks = super::no_forks();
     let import = || Volume::import(&volumes, new(), &options);
 
     refused(import(), "give the path of an existing raw disk image");
@@ -109,6 +110,7 @@ fn a_failed_create_leaves_nothing() {
     // More than any file system here can hold as one file, or the volume's directory cannot be made: both end the same.
     fs::write(dir.path().join("volumes/.new-vm"), "in the way").unwrap();
     let new = new_volume(dir.path(), owner(1));
+    let _no_forks = super::no_forks();
     let made = Volume::create(&volumes, new, size(2), &OpenOptions::default());
     assert!(made.is_err());
     assert!(!dir.path().join("vm.raw").exists());

@@ -4,7 +4,10 @@ mod handover;
 mod killed;
 mod lifecycle;
 
-use std::{path::Path, sync::Arc};
+use std::{
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 use flimcd_core::{BLOCK_SIZE, BlockRange, BlockSet, Epoch, MigrationId, VolumeId, VolumeSize};
 use flimcd_volume::{
@@ -40,6 +43,13 @@ fn arriving(epoch: u64) -> Ownership {
     }
 }
 
+/// Keeps other tests from starting processes. A process that has forked and not begun its program yet has every open file,
+/// and with it every lock, of all tests; so locks are only looked at while there is none.
+fn no_forks() -> MutexGuard<'static, ()> {
+    static FORKS: Mutex<()> = Mutex::new(());
+    FORKS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn volumes(dir: &Path) -> VolumesDir {
     VolumesDir::open(dir.join("volumes")).unwrap()
 }
@@ -58,11 +68,13 @@ fn new_volume(dir: &Path, ownership: Ownership) -> NewVolume {
 
 fn create(dir: &Path, blocks: u64, ownership: Ownership) -> Arc<Volume> {
     let new = new_volume(dir, ownership);
+    let _no_forks = no_forks();
     Volume::create(&volumes(dir), new, size(blocks), &OpenOptions::default()).unwrap()
 }
 
 fn open(dir: &Path) -> Arc<Volume> {
     let name = "vm".parse().unwrap();
+    let _no_forks = no_forks();
     Volume::open(&volumes(dir), &name, &OpenOptions::default()).unwrap()
 }
 
