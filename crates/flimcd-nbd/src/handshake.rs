@@ -423,3 +423,128 @@ fn put_reply(out: &mut Vec<u8>, number: u32, kind: u32, body: &[u8]) {
     out.extend(u32::try_from(body.len()).unwrap_or(u32::MAX).to_be_bytes());
     out.extend(body);
 }
+
+#[cfg(test)]
+#[expect(clippy::cast_possible_truncation, reason = "small numbers")]
+mod tests {
+    use super::*;
+
+    struct One;
+
+    impl Catalogue for One {
+        fn names(&self) -> Vec<String> {
+            vec!["disk".to_owned()]
+        }
+
+        fn find(&self, name: &str) -> Option<ExportInfo> {
+            (name == "disk").then_some(ExportInfo {
+                size: 12345,
+                read_only: false,
+                block_size_min: 1,
+                block_size_preferred: 4096,
+                request_bytes_max: 1 << 20,
+            })
+        }
+    }
+
+    fn opt(number: u32, data: &[u8]) -> Vec<u8> {
+        let mut bytes = OPTION_MAGIC.to_be_bytes().to_vec();
+        bytes.extend(number.to_be_bytes());
+        bytes.extend((data.len() as u32).to_be_bytes());
+        bytes.extend(data);
+        bytes
+    }
+
+    fn text(text: &str) -> Vec<u8> {
+        [&(text.len() as u32).to_be_bytes(), text.as_bytes()].concat()
+    }
+
+    fn go() -> Vec<u8> {
+        opt(option::GO, &[text("disk"), vec![0, 0]].concat())
+    }
+
+    fn set_context(query: &str) -> Vec<u8> {
+        let data = [text("disk"), vec![0, 0, 0, 1], text(query)].concat();
+        opt(option::SET_META_CONTEXT, &data)
+    }
+
+    /// Feeds `input` byte by byte; what is agreed on, and the types of the answers.
+    fn feed(input: &[Vec<u8>]) -> (Result<Option<Agreed>, HandshakeError>, Vec<u32>) {
+        let mut negotiation = Negotiation::new();
+        let (mut arrived, mut out) = (Vec::new(), Vec::new());
+        let mut result = Ok(None);
+        for byte in [3u32.to_be_bytes().to_vec()].iter().chain(input).flatten() {
+            arrived.push(*byte);
+            match negotiation.advance(&arrived, &One, &mut out) {
+                Ok((used, agreed)) => {
+                    arrived.drain(..used);
+                    if agreed.is_some() {
+                        result = Ok(agreed);
+                        break;
+                    }
+                }
+                Err(error) => {
+                    result = Err(error);
+                    break;
+                }
+            }
+        }
+        let mut kinds = Vec::new();
+        let mut reader = Reader(&out);
+        while reader.u64() == Some(OPTION_REPLY_MAGIC) {
+            reader.u32().unwrap();
+            kinds.push(reader.u32().unwrap());
+            let length = reader.u32().unwrap();
+            reader.bytes(length as usize).unwrap();
+        }
+        (result, kinds)
+    }
+
+    #[test]
+    fn block_status_needs_structured_replies_first_and_the_same_export() {
+        let agreed = |input: &[Vec<u8>]| feed(input).0.unwrap().unwrap();
+        let structured = opt(option::STRUCTURED_REPLY, &[]);
+        let plain = agreed(&[go()]);
+        assert!(!plain.structured && !plain.allocation);
+        assert!(!agreed(&[set_context(BASE_ALLOCATION), structured.clone(), go()]).allocation);
+        assert!(agreed(&[structured.clone(), set_context(BASE_ALLOCATION), go()]).allocation);
+        let twice = [
+            structured.clone(),
+            set_context(BASE_ALLOCATION),
+            set_context("x:y"),
+            go(),
+        ];
+        assert!(!agreed(&twice).allocation);
+    }
+
+    #[test]
+    fn options_are_answered_as_the_protocol_says() {
+        let check = |input: Vec<u8>, want: &[u32]| assert_eq!(feed(&[input]).1, want);
+        check(opt(option::LIST, &[]), &[reply::SERVER, reply::ACK]);
+        check(opt(option::LIST, b"x"), &[reply::ERR_INVALID]);
+        check(opt(option::STARTTLS, &[]), &[reply::ERR_UNSUP]);
+        check(opt(77, &[1; 99]), &[reply::ERR_UNSUP]);
+        check(
+            opt(77, &vec![1; OPTION_BYTES_MAX + 1]),
+            &[reply::ERR_TOO_BIG],
+        );
+        let unknown = [text("nothing"), vec![0, 0]].concat();
+        check(opt(option::INFO, &unknown), &[reply::ERR_UNKNOWN]);
+        check(opt(option::GO, &text("disk")), &[reply::ERR_INVALID]);
+        check(go(), &[reply::INFO, reply::INFO, reply::ACK]);
+    }
+
+    #[test]
+    fn handshakes_that_cannot_go_on_end() {
+        let check = |input: Vec<u8>, want| assert_eq!(feed(&[input]).0, Err(want));
+        check(opt(option::ABORT, &[]), HandshakeError::Aborted);
+        check(b"no option".to_vec(), HandshakeError::Magic);
+        let unknown = HandshakeError::UnknownExport("other".to_owned());
+        check(opt(option::EXPORT_NAME, b"other"), unknown);
+        let endless: Vec<u8> = (0..1001).flat_map(|_| opt(option::LIST, &[])).collect();
+        check(endless, HandshakeError::Excess);
+        let mut negotiation = Negotiation::new();
+        let flags = negotiation.advance(&[0, 1, 0, 3], &One, &mut Vec::new());
+        assert_eq!(flags, Err(HandshakeError::Flags(0x1_0003)));
+    }
+}

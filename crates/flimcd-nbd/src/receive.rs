@@ -344,3 +344,147 @@ fn parse_header(bytes: &[u8]) -> Result<Option<Header>, BadMagic> {
         },
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::handshake::ExportInfo;
+
+    fn agreed(structured: bool, read_only: bool) -> Agreed {
+        let info = ExportInfo {
+            size: 1 << 20,
+            read_only,
+            block_size_min: 1,
+            block_size_preferred: 4096,
+            request_bytes_max: 256 << 10,
+        };
+        Agreed {
+            name: "disk".to_owned(),
+            info,
+            structured,
+            allocation: structured,
+        }
+    }
+
+    fn header(command: u16, flags: u16, cookie: u64, offset: u64, length: u32) -> Vec<u8> {
+        let mut bytes = REQUEST_MAGIC.to_be_bytes().to_vec();
+        bytes.extend(flags.to_be_bytes());
+        bytes.extend(command.to_be_bytes());
+        bytes.extend(cookie.to_be_bytes());
+        bytes.extend(offset.to_be_bytes());
+        bytes.extend(length.to_be_bytes());
+        bytes
+    }
+
+    /// Everything that comes out of `bytes` when they arrive in pieces of the given lengths, in turn.
+    fn receive(agreed: Agreed, bytes: &[u8], pieces: &[usize]) -> Vec<String> {
+        let mut receiver = Receiver::new(agreed, &[]);
+        let (mut pool, mut rest, mut out) = (BufPool::new(1 << 20), bytes, Vec::new());
+        for &piece in pieces.iter().cycle() {
+            if rest.is_empty() {
+                break;
+            }
+            let (payload, inbox) = receiver.space();
+            let mut left = piece.min(rest.len());
+            let mut filled = 0;
+            for part in [payload, inbox] {
+                let count = part.len().min(left);
+                part[..count].copy_from_slice(&rest[..count]);
+                (rest, left, filled) = (&rest[count..], left - count, filled + count);
+            }
+            receiver.filled(filled);
+            while let Some(received) = receiver.next(&mut pool).unwrap() {
+                out.push(match received {
+                    Received::Request(request) => {
+                        let sum: u64 = request.payload.iter().map(|&b| u64::from(b)).sum();
+                        let Request {
+                            cookie,
+                            command,
+                            offset,
+                            length,
+                            ..
+                        } = request;
+                        format!("{cookie} {command:?} {offset}+{length} {sum}")
+                    }
+                    Received::Refused { cookie, error, .. } => format!("{cookie} {error:?}"),
+                });
+            }
+        }
+        out
+    }
+
+    #[test]
+    fn each_command_is_checked() {
+        let check = |structured, read_only, number, flags, offset, length, want: &str| {
+            let bytes = header(number, flags, 5, offset, length);
+            let got = receive(agreed(structured, read_only), &bytes, &[usize::MAX]);
+            assert_eq!(
+                got,
+                [format!("5 {want}")],
+                "{number} {flags} {offset} {length}"
+            );
+        };
+        let read = "Read { in_one_piece: true } 0+512 0";
+        check(true, false, command::READ, flag::DF, 0, 512, read);
+        check(false, false, command::READ, flag::DF, 0, 512, "Inval");
+        check(true, false, command::READ, 0, 0, (256 << 10) + 1, "Inval");
+        check(true, false, command::READ, 0, (1 << 20) - 511, 512, "Inval");
+        check(true, true, command::WRITE, 0, 0, 0, "Inval");
+        check(true, true, command::TRIM, 0, 0, 512, "Perm");
+        check(true, true, command::WRITE_ZEROES, 0, 0, 512, "Perm");
+        let zeroes = "WriteZeroes { punch: false, fast: true, fua: true } 0+1048576 0";
+        let all = flag::FUA | flag::NO_HOLE | flag::FAST_ZERO;
+        check(true, false, command::WRITE_ZEROES, all, 0, 1 << 20, zeroes);
+        check(true, false, command::WRITE_ZEROES, flag::DF, 0, 1, "Inval");
+        check(true, false, command::WRITE_ZEROES, 0, 1, 1 << 20, "NoSpc");
+        check(
+            true,
+            false,
+            command::BLOCK_STATUS,
+            flag::REQ_ONE,
+            0,
+            9,
+            "BlockStatus { one: true } 0+9 0",
+        );
+        check(false, false, command::BLOCK_STATUS, 0, 0, 9, "Inval");
+        check(
+            true,
+            false,
+            command::CACHE,
+            0,
+            0,
+            1 << 20,
+            "Cache 0+1048576 0",
+        );
+        check(true, false, command::FLUSH, 0, 0, 0, "Flush 0+0 0");
+        check(true, true, command::DISCONNECT, 0, 0, 0, "Disconnect 0+0 0");
+        check(true, false, 77, 0, 0, 0, "Inval");
+    }
+
+    #[test]
+    fn garbage_is_known_by_its_first_four_bytes() {
+        let mut receiver = Receiver::new(agreed(true, false), b"GET ");
+        assert!(receiver.next(&mut BufPool::new(0)).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn where_the_bytes_are_cut_changes_nothing(
+            requests in prop::collection::vec((0u16..9, 0u64..1 << 20, 0u32..300_000), 1..12),
+            pieces in prop::collection::vec(1usize..200_000, 1..6),
+        ) {
+            let mut bytes = Vec::new();
+            for (index, &(number, offset, length)) in requests.iter().enumerate() {
+                bytes.extend(header(number, 0, index as u64, offset, length));
+                if number == command::WRITE {
+                    bytes.extend((0..length).map(|i| i.to_le_bytes()[0]));
+                }
+            }
+            let whole = receive(agreed(true, false), &bytes, &[usize::MAX]);
+            prop_assert_eq!(whole.len(), requests.len());
+            prop_assert_eq!(receive(agreed(true, false), &bytes, &pieces), whole);
+        }
+    }
+}

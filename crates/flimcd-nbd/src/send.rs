@@ -273,3 +273,75 @@ fn is_zero(data: &[u8]) -> bool {
     data.chunks(1024)
         .all(|part| part.iter().fold(0, |all, &byte| all | byte) == 0)
 }
+
+#[cfg(test)]
+#[expect(clippy::cast_possible_truncation, reason = "small numbers")]
+mod tests {
+    use flimcd_core::ByteRange;
+
+    use super::*;
+
+    /// All bytes, taken `step` at a time.
+    fn bytes(outbox: &mut Outbox, step: usize) -> Vec<u8> {
+        let (mut all, mut pool) = (Vec::new(), BufPool::new(1 << 20));
+        while !outbox.is_empty() {
+            let mut left = step;
+            for slice in outbox.slices() {
+                let count = left.min(slice.len());
+                all.extend(&slice[..count]);
+                left -= count;
+            }
+            outbox.sent(step.saturating_sub(left), &mut pool);
+        }
+        assert_eq!(outbox.bytes(), 0);
+        all
+    }
+
+    fn fill(structured: bool) -> Outbox {
+        let mut outbox = Outbox::new(structured);
+        let mut content = vec![0; 4 * HOLE_BYTES + 10];
+        content[HOLE_BYTES + 1] = 1;
+        content[4 * HOLE_BYTES..].fill(2);
+        outbox.done(1);
+        outbox.content(2, 4096, IoBuf::copy_of(&content), false);
+        outbox.failed(3, Errno::Io, true);
+        outbox.failed(4, Errno::NoSpc, false);
+        outbox.content(5, 0, IoBuf::copy_of(&content), true);
+        let extent = |start, end, is_hole| DataExtent {
+            range: ByteRange::new(start, end),
+            is_hole,
+        };
+        outbox.extents(6, &[extent(0, 5, true), extent(5, 9, false)]);
+        outbox
+    }
+
+    #[test]
+    fn partial_sends_lose_and_repeat_nothing() {
+        for structured in [false, true] {
+            let whole = bytes(&mut fill(structured), usize::MAX);
+            assert_eq!(fill(structured).bytes(), whole.len());
+            for step in [13, 4096, 100_001] {
+                assert!(bytes(&mut fill(structured), step) == whole, "{step}");
+            }
+        }
+    }
+
+    #[test]
+    fn zeroes_of_large_reads_become_hole_chunks() {
+        let mut outbox = Outbox::new(true);
+        let mut content = vec![0; 4 * HOLE_BYTES];
+        content[HOLE_BYTES + 1] = 1;
+        outbox.content(2, 4096, IoBuf::copy_of(&content), false);
+        let all = bytes(&mut outbox, usize::MAX);
+        // Hole, data, hole: three chunks, one of them with 64 KiB of content.
+        assert_eq!(all.len(), 3 * 20 + 12 + 8 + HOLE_BYTES + 12);
+        assert_eq!(all[6..8], chunk::OFFSET_HOLE.to_be_bytes());
+        assert_eq!(all[4..6], [0, 0], "not done yet");
+        let data = &all[32..];
+        assert_eq!(data[6..8], chunk::OFFSET_DATA.to_be_bytes());
+        assert_eq!(data[20..28], (4096 + HOLE_BYTES as u64).to_be_bytes());
+        let last = &all[all.len() - 32..];
+        assert_eq!(last[4..6], chunk::FLAG_DONE.to_be_bytes());
+        assert_eq!(last[28..], (2 * HOLE_BYTES as u32).to_be_bytes());
+    }
+}

@@ -71,7 +71,7 @@ pub fn lock_image(file: &File, path: &Path, read_only: bool) -> Result<(), LockE
     }
 }
 
-fn try_lock(file: &File, path: &Path, read_only: bool) -> Result<(), LockError> {
+pub(super) fn try_lock(file: &File, path: &Path, read_only: bool) -> Result<(), LockError> {
     let used: &[Permission] = if read_only { &[READ] } else { &[READ, WRITE] };
     let unshared = [WRITE, RESIZE];
     let system = |source| LockError::System {
@@ -82,8 +82,8 @@ fn try_lock(file: &File, path: &Path, read_only: bool) -> Result<(), LockError> 
         .iter()
         .map(|(n, _)| PERMISSION_BASE + n)
         .chain(unshared.iter().map(|(n, _)| UNSHARED_BASE + n));
-    for byte in mine.clone() {
-        set_lock(file, byte, libc::F_RDLCK).map_err(system)?;
+    for byte in mine {
+        set_lock(file, byte, 1, libc::F_RDLCK).map_err(system)?;
     }
     let theirs = used
         .iter()
@@ -95,9 +95,7 @@ fn try_lock(file: &File, path: &Path, read_only: bool) -> Result<(), LockError> 
         );
     for (byte, what) in theirs {
         if is_locked_by_other(file, byte).map_err(system)? {
-            for byte in mine {
-                set_lock(file, byte, libc::F_UNLCK).map_err(system)?;
-            }
+            unlock_image(file);
             return Err(LockError::InUse {
                 path: path.to_owned(),
                 what,
@@ -105,6 +103,17 @@ fn try_lock(file: &File, path: &Path, read_only: bool) -> Result<(), LockError> 
         }
     }
     Ok(())
+}
+
+/// Gives back what [`lock_image`] took, without waiting for the last user of the open file description.
+pub fn unlock_image(file: &File) {
+    // It only fails for a descriptor that is none.
+    let _ = set_lock(
+        file,
+        PERMISSION_BASE,
+        UNSHARED_BASE - PERMISSION_BASE + 100,
+        libc::F_UNLCK,
+    );
 }
 
 fn one_byte(byte: i64, kind: i32) -> libc::flock {
@@ -120,8 +129,9 @@ fn one_byte(byte: i64, kind: i32) -> libc::flock {
     lock
 }
 
-fn set_lock(file: &File, byte: i64, kind: i32) -> io::Result<()> {
-    let lock = one_byte(byte, kind);
+fn set_lock(file: &File, byte: i64, count: i64, kind: i32) -> io::Result<()> {
+    let mut lock = one_byte(byte, kind);
+    lock.l_len = count;
     // SAFETY: the descriptor is open for as long as `file` is borrowed, and `lock` outlives the call.
     let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
     if result == 0 {

@@ -21,7 +21,7 @@ use std::{fs::File, io, os::unix::fs::FileExt, path::PathBuf, sync::Arc};
 use flimcd_core::{ByteRange, VolumeSize};
 use rustix::fs::{FallocateFlags, SeekFrom};
 
-use super::{BlockDevice, DataExtent, IoBuf, IoQueue, check_range};
+use super::{BlockDevice, DataExtent, IoBuf, IoQueue, check_range, lock};
 use gate::Gate;
 
 pub use open::{Backend, DirectIo, OpenError, OpenOptions, UringUse};
@@ -50,6 +50,17 @@ pub(crate) struct Shared {
     /// Memory must be aligned to this for `main`; 1 when buffered.
     mem_align: usize,
     gate: Gate,
+    /// Whether `main` holds the image locks.
+    locked: bool,
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        // All queues are gone and nothing is in flight, but a ring that the kernel is still taking down may keep the file.
+        if self.locked {
+            lock::unlock_image(&self.main);
+        }
+    }
 }
 
 impl FileDevice {

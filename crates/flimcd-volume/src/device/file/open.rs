@@ -191,6 +191,7 @@ pub(super) fn open(path: PathBuf, options: &OpenOptions) -> Result<Shared, OpenE
         align,
         mem_align,
         gate: Gate::default(),
+        locked: options.lock,
     })
 }
 

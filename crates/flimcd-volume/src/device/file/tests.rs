@@ -372,7 +372,10 @@ fn locks_keep_two_users_apart() {
         },
     )
     .unwrap();
+    // Free at once, also after a ring was used on it.
+    Driver(first.open_queue(4).unwrap()).one(IoKind::Write, 0, 4096, IoBuf::zeroed(4096));
     drop(first);
+    lock::try_lock(&File::open(&path).unwrap(), &path, true).unwrap();
     let reader = FileDevice::open(&path, &read_only).unwrap();
     FileDevice::open(&path, &read_only).unwrap();
     FileDevice::open(&path, &OpenOptions::default()).unwrap_err();
