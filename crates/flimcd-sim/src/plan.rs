@@ -77,6 +77,8 @@ pub(crate) struct Plan {
     pub(crate) data_permille: u64,
     pub(crate) strategy: &'static str,
     pub(crate) start_at: Time,
+    /// The target's agent tells its machine what the volume did now and then, not at once.
+    pub(crate) tells_late: bool,
     pub(crate) net: NetPlan,
     pub(crate) disk: DiskPlan,
     pub(crate) guest: GuestPlan,
@@ -113,6 +115,7 @@ impl Plan {
             data_permille: dice.pick(&[1000, 700, 300]),
             strategy: dice.pick(policy::STRATEGIES),
             start_at: at(dice.micros(0, 50_000)),
+            tells_late: dice.permille(300),
             net: Self::draw_net(dice, size),
             disk: Self::draw_disk(dice),
             guest: Self::draw_guest(dice, blocks),

@@ -69,7 +69,7 @@ impl Resend {
     /// The target asks for blocks.
     pub(crate) fn asked_for(&mut self, run: BlockRange) {
         for block in run.iter().map(|b| crate::disk::index(b.0)) {
-            self.asked_for[block] |= self.delivered[block].is_none();
+            self.asked_for[block] |= self.delivered[block] != Some(self.versions[block]);
         }
     }
 

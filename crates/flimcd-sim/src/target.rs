@@ -33,6 +33,8 @@ pub(crate) struct TargetAgent {
     pub(crate) decoder: Decoder,
     /// How many blocks are missing, as the machine was told.
     pub(crate) told_missing: Option<u64>,
+    /// It will be told how many blocks are missing.
+    pub(crate) will_tell: bool,
 }
 
 impl World {

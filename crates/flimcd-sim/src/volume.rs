@@ -11,8 +11,8 @@ use flimcd_wire::Blocks;
 use crate::{
     flow::AfterFlush,
     guest::{Answer, Kind, RequestId},
-    host::{Done, Io, Purpose, trimmed},
-    world::{Site, World},
+    host::{Done, Io, Purpose, after, trimmed},
+    world::{Event, Site, World},
 };
 
 /// A message whose content is being written.
@@ -167,6 +167,19 @@ impl World {
             self.cover("blocks demanded");
             self.target_input(move |machine, now| machine.handle_fault(now, range));
         }
+        if !self.plan.tells_late {
+            return self.tell_counts();
+        }
+        if !std::mem::replace(&mut self.target.will_tell, true) {
+            let life = self.host(Site::Target).life;
+            let soon = after(self.now, &mut self.dice, 1_000, 50_000);
+            self.at(soon, Event::TellCounts { life });
+        }
+    }
+
+    /// Tells the target machine what is missing and what the guest has done.
+    pub(crate) fn tell_counts(&mut self) {
+        self.target.will_tell = false;
         let host = self.host(Site::Target);
         if host.rules.mode() != Mode::PostCopy {
             return;

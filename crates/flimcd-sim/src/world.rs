@@ -97,6 +97,9 @@ pub(crate) enum Event {
     DirtyPoll {
         life: u64,
     },
+    TellCounts {
+        life: u64,
+    },
     Estimate {
         life: u64,
     },
@@ -308,10 +311,12 @@ impl World {
             Event::Io { site, life, id } if self.lives(site, life) => self.io_done(site, id),
             Event::Timer { site, life } if self.lives(site, life) => self.timer(site),
             Event::DirtyPoll { life } if self.lives(Site::Source, life) => self.dirty_poll(life),
+            Event::TellCounts { life } if self.lives(Site::Target, life) => self.tell_counts(),
             Event::Estimate { life } if self.lives(Site::Source, life) => self.tell_estimate(life),
             Event::Io { .. }
             | Event::Timer { .. }
             | Event::DirtyPoll { .. }
+            | Event::TellCounts { .. }
             | Event::Estimate { .. } => {}
             Event::Depart { from, generation } => self.depart(from, generation),
             Event::Arrive {
