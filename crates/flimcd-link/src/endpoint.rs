@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -30,6 +30,8 @@ use crate::{
 
 /// Connections in the handshake at once; more wait in the kernel's queue.
 const HANDSHAKES_MAX: usize = 64;
+/// Those of one host among them, so that one that only connects does not shut the others out.
+const HANDSHAKES_PER_HOST_MAX: usize = 24;
 /// Incomplete bundles of one peer; the oldest goes first.
 const PENDING_MAX: usize = 2;
 /// How long a bundle may stay incomplete.
@@ -180,31 +182,40 @@ impl Shared {
         let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
         // Dropped with this task, and the handshakes with it.
         let mut tasks = JoinSet::new();
+        let mut of_host: HashMap<IpAddr, Arc<Semaphore>> = HashMap::new();
         loop {
             let Ok(permit) = handshakes.clone().acquire_owned().await else {
                 return;
             };
             while tasks.try_join_next().is_some() {}
-            match listener.accept().await {
-                Ok((tcp, from)) => {
-                    let shared = self.clone();
-                    tasks.spawn(async move {
-                        let limit = shared.config.handshake_timeout;
-                        let result = timeout(limit, shared.receive(tcp)).await;
-                        drop(permit);
-                        let error = match result {
-                            Ok(Ok(())) => return,
-                            Ok(Err(error)) => error,
-                            Err(_) => LinkError::HandshakeTimeout { after: limit },
-                        };
-                        tracing::warn!(%from, "refused a connection: {error}");
-                    });
-                }
+            of_host.retain(|_, free| free.available_permits() < HANDSHAKES_PER_HOST_MAX);
+            let (tcp, from) = match listener.accept().await {
+                Ok(accepted) => accepted,
                 Err(error) => {
                     tracing::warn!("cannot accept connections: {error}; trying again");
                     sleep(ACCEPT_PAUSE).await;
+                    continue;
                 }
-            }
+            };
+            let free = of_host
+                .entry(from.ip())
+                .or_insert_with(|| Arc::new(Semaphore::new(HANDSHAKES_PER_HOST_MAX)));
+            let Ok(host_permit) = free.clone().try_acquire_owned() else {
+                tracing::warn!(%from, "refused a connection: too many unfinished ones from there");
+                continue;
+            };
+            let shared = self.clone();
+            tasks.spawn(async move {
+                let limit = shared.config.handshake_timeout;
+                let result = timeout(limit, shared.receive(tcp)).await;
+                drop((permit, host_permit));
+                let error = match result {
+                    Ok(Ok(())) => return,
+                    Ok(Err(error)) => error,
+                    Err(_) => LinkError::HandshakeTimeout { after: limit },
+                };
+                tracing::warn!(%from, "refused a connection: {error}");
+            });
         }
     }
 

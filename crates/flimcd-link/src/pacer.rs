@@ -12,7 +12,7 @@
 //! - a window that delivered clearly less, although there was enough to send, is the network's word
 //!   and counts like any other;
 //! - a round trip that stays above the minimum says that the estimate is too high: it shrinks step by
-//!   step until the queue is gone, at most to half of what the window knew, because with a queue that
+//!   step until the queue is gone, at most to half of what was measured, because with a queue that
 //!   others fill there is no end to that;
 //! - now and then the pace goes a little above the estimate for a few round trips. If more arrives,
 //!   the estimate rises and a bolder probe follows at once; if not, a slower stretch drains what has
@@ -25,19 +25,24 @@ use std::{
 
 /// Share of the estimate that bulk may use while guests can fault.
 const CRUISE: f64 = 0.98;
-/// Pace of a probe, as a multiple of the estimate. What goes beyond the path's rate queues up, for
-/// as long as the probe takes: 4% for 150 ms are 6 ms.
-const PROBE: f64 = 1.04;
+/// Pace of a probe, as a multiple of the estimate. What goes beyond the path's rate may queue up for
+/// as long as the probe takes: 3% for 500 ms are 15 ms.
+const PROBE: f64 = 1.03;
 /// Pace after a probe that found nothing, until what it left in the queue has drained.
 const DRAIN: f64 = 0.9;
+/// Longest such stretch.
+const DRAIN_MAX: Duration = Duration::from_millis(400);
 /// Pace of a probe that follows one that found more.
 const PROBE_ON: f64 = 1.25;
 /// Pause between two probes.
 const PROBE_EVERY: Duration = Duration::from_secs(4);
-/// A probe that measures nothing, because there is not enough to send, ends after this.
-const PROBE_MAX: Duration = Duration::from_secs(1);
+/// Length of a probe in round trips. BBR, which believes that the path carries what it was allowed to
+/// send so far, looks for more only one round trip out of eight, and the probe has to cover that one.
+const PROBE_ROUNDS: u32 = 10;
+/// Windows in a row that must show a queue before the estimate shrinks.
+const QUEUED_WINDOWS: u32 = 3;
 /// How much more must arrive for a probe to have found something.
-const FOUND_MORE: f64 = 1.02;
+const FOUND_MORE: f64 = 1.01;
 /// A window that delivered less than this share of the pace was not limited by the pace.
 const PACE_LIMITED: f64 = 0.93;
 /// How long a measurement counts.
@@ -74,6 +79,8 @@ pub(crate) struct Pacer {
     measured: VecDeque<(Instant, f64)>,
     /// Correction of the greatest measurement by what the round trip shows, at most 1.
     trim: f64,
+    /// Windows in a row whose round trip showed a queue.
+    queued_windows: u32,
     window: Option<Window>,
     stage: Stage,
 }
@@ -210,9 +217,13 @@ impl Pacer {
         let is_more = self.estimate().is_none_or(|known| rate > known);
         let is_pace_limited = self.pace().is_some_and(|pace| rate >= pace * PACE_LIMITED);
         let slack = (sample.rtt_min / 8).max(Duration::from_millis(4));
-        // While cruising, a lasting queue means that the estimate is above what the path carries.
         let is_cruising = matches!(self.stage, Stage::Cruise { .. });
         if is_cruising && !is_more && sample.rtt > sample.rtt_min + slack {
+            self.queued_windows += 1;
+        } else {
+            self.queued_windows = 0;
+        }
+        if self.queued_windows >= QUEUED_WINDOWS {
             self.trim = (self.trim * SHRINK).max(SHRINK_FLOOR);
         }
         if is_pace_limited && !is_more {
@@ -270,8 +281,8 @@ impl Pacer {
                     .is_some_and(|(rate, known)| rate > known * FOUND_MORE);
                 if found {
                     self.probe(PROBE_ON, sample);
-                } else if measured.is_some() || took > PROBE_MAX {
-                    let drain = took.mul_f64((gain - 1.0) / (1.0 - DRAIN));
+                } else if took >= WINDOW_MIN * 2 + sample.rtt_min * PROBE_ROUNDS {
+                    let drain = took.mul_f64((gain - 1.0) / (1.0 - DRAIN)).min(DRAIN_MAX);
                     self.stage = Stage::Drain { until: now + drain };
                 }
             }

@@ -5,7 +5,10 @@ use std::time::Duration;
 use flimcd_core::MigrationId;
 use flimcd_link::{Endpoint, LinkError, LinkEvent};
 use flimcd_wire::{Body, Class, DecodeError, Frame, LinkMessage, Message, encode};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
 
 use crate::{
     pair::{Authority, message, next, next_frame, next_up, site},
@@ -185,5 +188,26 @@ async fn a_bundle_that_is_never_completed_disturbs_nobody() {
     };
     assert!(matches!(reason, LinkError::Replaced), "{reason:?}");
     assert_eq!(next_up(&east).await, 2);
+    endpoint.stop();
+}
+
+#[tokio::test]
+async fn a_host_that_only_connects_is_bounded_and_recovers() {
+    let authority = Authority::new();
+    let mut config = authority.config("east", &["west"]);
+    config.handshake_timeout = Duration::from_secs(600);
+    let endpoint = Endpoint::new(config).unwrap();
+    let address = endpoint.listen("127.0.0.1:0").await.unwrap();
+    let mut silent = Vec::new();
+    for _ in 0..24 {
+        silent.push(TcpStream::connect(address).await.unwrap());
+    }
+    let mut one_too_many = TcpStream::connect(address).await.unwrap();
+    let _ = one_too_many.read_to_end(&mut Vec::new()).await;
+    drop(silent);
+    let west = authority.endpoint("west", &["east"]);
+    let link = west.link(&site("east"), &address.to_string()).unwrap();
+    next_up(&link).await;
+    west.stop();
     endpoint.stop();
 }
