@@ -25,8 +25,7 @@ use crate::{
     hosting::Hosted,
     links::{Admit, Inbox, PeerLink},
     migration::{
-        Command, Outcome, Setup, TargetBegin, TargetDriver,
-        progress::{fresh_status, unix_ms},
+        Command, Outcome, Setup, TargetBegin, TargetDriver, progress::fresh_status,
         store::MigrationRecord,
     },
     tasks::{self, Begin, ended_early},
@@ -285,82 +284,7 @@ pub(crate) async fn run_target(
     };
     link.unregister(id);
     if discard && outcome == Outcome::Ended {
-        let (agent, name) = (agent.clone(), record.volume.clone());
-        let discarded = tokio::task::spawn_blocking(move || agent.hosting.discard(&name)).await;
-        if let Ok(Err(error)) = discarded {
-            tracing::error!(volume = %record.volume, "removing what had arrived failed: {error}");
-        }
+        agent.discard(record.volume.clone()).await;
     }
     tasks::finish(&agent, (record, outcome)).await;
-}
-
-impl Agent {
-    /// Goes on with the migrations that a restart finds, before any link is up.
-    pub(crate) async fn resume(self: &Arc<Self>, records: Vec<MigrationRecord>) {
-        for record in records {
-            if record.has_ended() {
-                if record.farewell_due {
-                    self.link_to(&record.peer);
-                }
-                self.registry.end(record);
-            } else {
-                self.resume_one(record).await;
-            }
-        }
-        for hosted in self.hosting.all() {
-            let is_idle = self.registry.running_on(hosted.name()).is_none();
-            if is_idle && hosted.state() == OwnershipState::Owner {
-                // An agent may have been killed between the end of a migration and this.
-                tasks::stop_tracking(hosted.volume());
-            }
-        }
-    }
-
-    async fn resume_one(self: &Arc<Self>, mut record: MigrationRecord) {
-        let begin = match self.begin(&record) {
-            Ok(begin) => begin,
-            Err(error) => {
-                tracing::error!(migration = %record.id, "cannot go on: {error}");
-                return;
-            }
-        };
-        let hosted = self.hosting.by_id(record.volume_id);
-        let Some(hosted) = hosted else {
-            let why =
-                "the agent ended before the volume was made, or while it was removed".to_owned();
-            return match record.role {
-                // What is not there is not owned.
-                Role::Target => tasks::fail(self, record, &begin, why).await,
-                Role::Source => tasks::stall(&record, &begin, "the volume is not there"),
-            };
-        };
-        let Some(link) = self.link_to(&record.peer) else {
-            let why = "the peer is not in the configuration any more";
-            return tasks::stall(&record, &begin, why);
-        };
-        tracing::info!(
-            migration = %record.id, volume = %record.volume, role = ?record.role,
-            state = %hosted.state(), "goes on with a migration"
-        );
-        if let Some(phase) = hosted.ended_as(&record) {
-            // It ended just before the agent did.
-            record.status.phase = phase;
-            record.status.ended_unix_ms = Some(unix_ms());
-            tasks::save(self, record.clone()).await;
-            return tasks::finish(self, (record, Outcome::Ended)).await;
-        }
-        match record.role {
-            Role::Source => tasks::spawn_source(self, hosted, record, begin, false),
-            Role::Target => {
-                let begun = TargetBegin {
-                    config: target_config(record.id, &hosted),
-                    start: hosted.target_start(record.refused),
-                };
-                let inbox = link.register(record.id);
-                let agent = self.clone();
-                let task = run_target(agent, hosted, link, record.clone(), begin, inbox, begun);
-                self.spawn(tasks::guarded(record, task));
-            }
-        }
-    }
 }

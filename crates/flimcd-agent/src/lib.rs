@@ -27,6 +27,7 @@ mod links;
 mod migration;
 mod ops;
 mod registry;
+mod resume;
 mod tasks;
 
 pub use agent::{RunningAgent, run, start};

@@ -4,14 +4,13 @@
 //! wait in it, those of a volume that has moved are refused by it. A name is *reserved* while a
 //! volume of that name is made or removed, so that nothing happens to it twice at once.
 
-use flimcd_core::{Epoch, MigrationId, SiteName, VolumeId, VolumeName, VolumeSize};
-use flimcd_migrate::TargetStart;
-use flimcd_nbd::Server;
+mod arrival;
+mod hosted;
+
+use flimcd_core::{Epoch, VolumeId, VolumeName, VolumeSize};
 use flimcd_volume::{
-    NewVolume, Ownership, StateError, Volume, VolumeError, VolumeRecord, VolumesDir,
-    device::OpenOptions,
+    NewVolume, Ownership, StateError, Volume, VolumeError, VolumesDir, device::OpenOptions,
 };
-use flimcd_wire::{ErrorCode, Open, TargetStage, WireError};
 use std::{
     collections::BTreeMap,
     fs, io,
@@ -22,24 +21,17 @@ use std::{
 
 use crate::{
     Config,
-    api::{ApiCode, ErrorBody, ExportInfo, OwnershipState, Phase, RemovedVolume, Role, VolumeInfo},
+    api::{ApiCode, ErrorBody, OwnershipState, RemovedVolume},
     error::{StartError, refuse},
-    migration::store::MigrationRecord,
     ops::not_owner,
 };
+pub(crate) use hosted::Hosted;
+use hosted::state_of;
 
 /// A volume's name that would make its export's socket that of the API.
 const RESERVED: &str = "api";
 /// Tenant of volumes that name none.
 const DEFAULT_TENANT: &str = "default";
-
-/// A volume under care, with its export.
-pub(crate) struct Hosted {
-    volume: Arc<Volume>,
-    /// Gone once the volume is being removed.
-    server: Mutex<Option<Server>>,
-    socket: PathBuf,
-}
 
 enum Slot {
     Reserved,
@@ -53,136 +45,6 @@ pub(crate) struct Hosting {
     options: OpenOptions,
     images_dir: PathBuf,
     runtime_dir: PathBuf,
-}
-
-impl Hosted {
-    /// Serves a volume's export.
-    fn serve(volume: Arc<Volume>, runtime_dir: &Path) -> Result<Arc<Self>, flimcd_nbd::BindError> {
-        let name = volume.name().clone();
-        let socket = runtime_dir.join(format!("{name}.sock"));
-        let server = Server::bind(&socket)?;
-        server.export(name.as_str(), volume.clone());
-        Ok(Arc::new(Self {
-            volume,
-            server: Mutex::new(Some(server)),
-            socket,
-        }))
-    }
-
-    pub(crate) fn volume(&self) -> &Arc<Volume> {
-        &self.volume
-    }
-
-    pub(crate) fn name(&self) -> &VolumeName {
-        self.volume.name()
-    }
-
-    /// Its durable record.
-    pub(crate) fn record(&self) -> VolumeRecord {
-        match self.volume.record() {
-            Some(record) => record,
-            None => unreachable!("volumes without a record are made by tests only"),
-        }
-    }
-
-    /// Where a guest finds it.
-    pub(crate) fn export(&self) -> ExportInfo {
-        ExportInfo {
-            socket: self.socket.clone(),
-            export: self.name().to_string(),
-            uri: format!(
-                "nbd+unix:///{}?socket={}",
-                self.name(),
-                self.socket.display()
-            ),
-        }
-    }
-
-    /// What this agent is to it.
-    pub(crate) fn state(&self) -> OwnershipState {
-        state_of(&self.record().ownership).0
-    }
-
-    /// The epoch of an owned volume.
-    pub(crate) fn epoch_to_migrate(&self) -> Result<Epoch, ErrorBody> {
-        match self.record().ownership {
-            Ownership::Owner { epoch } => Ok(epoch),
-            other => {
-                let (state, peer) = state_of(&other);
-                Err(not_owner(self.name(), state, peer))
-            }
-        }
-    }
-
-    /// How a migration that its record takes for running has ended, by the volume's own record.
-    pub(crate) fn ended_as(&self, migration: &MigrationRecord) -> Option<Phase> {
-        match (migration.role, self.record().ownership) {
-            (Role::Source, Ownership::Released { complete: true, .. })
-            | (Role::Target, Ownership::Owner { .. }) => Some(Phase::Completed),
-            _ => None,
-        }
-    }
-
-    /// Where a target machine goes on.
-    pub(crate) fn target_start(&self, refused: Option<Epoch>) -> TargetStart {
-        let stage = match self.record().ownership {
-            Ownership::Arriving { epoch, .. } => TargetStage::Owner(epoch),
-            Ownership::Owner { epoch } => TargetStage::Complete(epoch),
-            _ => TargetStage::Incoming,
-        };
-        TargetStart::Resume {
-            stage,
-            refused,
-            missing_blocks: self.volume.missing_count(),
-        }
-    }
-
-    /// As the API shows it.
-    pub(crate) fn describe(&self, migration: Option<MigrationId>) -> VolumeInfo {
-        let record = self.record();
-        let (ownership, peer) = state_of(&record.ownership);
-        VolumeInfo {
-            id: record.id,
-            name: record.name.clone(),
-            tenant: record.tenant.clone(),
-            size_bytes: record.size.bytes(),
-            allocated_bytes: allocated(&record.image),
-            epoch: record.epoch.0,
-            ownership,
-            peer: peer.cloned(),
-            image: record.image.clone(),
-            export: Some(self.export()),
-            guest_connections: self.volume.connections(),
-            migration,
-        }
-    }
-
-    /// Disconnects guests and removes the socket. Blocks until they are gone.
-    fn stop_serving(&self) {
-        let server = self
-            .server
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        if let Some(server) = server {
-            server.shutdown();
-        }
-    }
-}
-
-/// Bytes that an image takes on its file system.
-fn allocated(image: &Path) -> u64 {
-    fs::metadata(image).map_or(0, |metadata| metadata.blocks() * 512)
-}
-
-fn state_of(ownership: &Ownership) -> (OwnershipState, Option<&SiteName>) {
-    match ownership {
-        Ownership::Owner { .. } => (OwnershipState::Owner, None),
-        Ownership::Prepared { peer, .. } => (OwnershipState::Prepared, Some(peer)),
-        Ownership::Released { peer, .. } => (OwnershipState::Released, Some(peer)),
-        Ownership::Incoming { peer, .. } => (OwnershipState::Incoming, Some(peer)),
-        Ownership::Arriving { peer, .. } => (OwnershipState::Arriving, Some(peer)),
-    }
 }
 
 impl Hosting {
@@ -419,6 +281,21 @@ impl Hosting {
         removed.map_err(io::Error::other)
     }
 
+    /// Removes the image of an arrival that was never made a volume of. Blocks. What has content was not made by us,
+    /// and stays.
+    pub(crate) fn remove_unborn(&self, name: &VolumeName) -> io::Result<()> {
+        let image = self.image_path(name);
+        if self.slots().contains_key(name) {
+            return Ok(());
+        }
+        match fs::symlink_metadata(&image) {
+            Ok(found) if found.is_file() && found.blocks() == 0 => fs::remove_file(&image),
+            Ok(_) => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Takes a volume out, with its name still reserved.
     fn withdraw(&self, name: &VolumeName) -> Result<Reservation<'_>, ErrorBody> {
         match self.slots().get_mut(name) {
@@ -432,122 +309,6 @@ impl Hosting {
             }
             _ => Err(being_changed(name)),
         }
-    }
-
-    /// Whether a volume that a peer wants to send may come, and fits. Blocks.
-    pub(crate) fn check_arrival(&self, open: &Open, config: &Config) -> Result<(), WireError> {
-        let site = &config.site;
-        let exists = |text: String| Err(WireError::new(ErrorCode::VOLUME_EXISTS, text));
-        if let Some(same) = self.by_id(open.volume) {
-            let record = same.record();
-            let name = same.name();
-            if record.size != open.size {
-                let text = format!(
-                    "site {site} has this volume as {name} with {} bytes, but {} are to come; remove it there",
-                    record.size.bytes(),
-                    open.size.bytes()
-                );
-                return Err(WireError::new(ErrorCode::SIZE, text));
-            }
-            return exists(match state_of(&record.ownership).0 {
-                OwnershipState::Released => format!(
-                    "site {site} still keeps the copy of {name} that it had before; remove it there with \
-                     `flimcd volume remove {name} --delete-image`, then migrate again"
-                ),
-                state => format!("site {site} has this volume already, as {name} ({state})"),
-            });
-        }
-        if self.slots().contains_key(&open.name) {
-            return exists(format!(
-                "site {site} has another volume called {}; rename or remove one of the two",
-                open.name
-            ));
-        }
-        let image = self.image_path(&open.name);
-        if fs::symlink_metadata(&image).is_ok() {
-            return exists(format!(
-                "at site {site} there is a file {} where the image would be; move it away",
-                image.display()
-            ));
-        }
-        self.check_room(open.size, config)
-    }
-
-    fn check_room(&self, size: VolumeSize, config: &Config) -> Result<(), WireError> {
-        let room = rustix::fs::statvfs(&self.images_dir).map_err(|error| {
-            let text = format!(
-                "the room at site {} cannot be found out: {error}",
-                config.site
-            );
-            WireError::new(ErrorCode::DISK, text)
-        })?;
-        let free = room.f_bavail.saturating_mul(room.f_frsize);
-        // What is still to come of volumes that are arriving already.
-        let promised: u64 = self
-            .all()
-            .iter()
-            .map(|hosted| hosted.record())
-            .filter(|record| {
-                matches!(
-                    record.ownership,
-                    Ownership::Incoming { .. } | Ownership::Arriving { .. }
-                )
-            })
-            .map(|record| record.size.bytes().saturating_sub(allocated(&record.image)))
-            .sum();
-        let reserve = config.limits.reserve_bytes();
-        let usable = free.saturating_sub(promised).saturating_sub(reserve);
-        let needed = if config.limits.overcommit {
-            1
-        } else {
-            size.bytes()
-        };
-        if needed <= usable {
-            return Ok(());
-        }
-        let mib = |bytes: u64| bytes >> 20;
-        let text = format!(
-            "site {} has too little room for {} MiB: {} MiB are free in {}, {} MiB of that are promised to \
-             other volumes and {} MiB kept in reserve; make room{}",
-            config.site,
-            mib(size.bytes()),
-            mib(free),
-            self.images_dir.display(),
-            mib(promised),
-            mib(reserve),
-            if config.limits.overcommit {
-                ""
-            } else {
-                ", or set limits.overcommit there if the volume is sparse enough"
-            }
-        );
-        Err(WireError::new(ErrorCode::NO_SPACE, text))
-    }
-
-    /// Makes the volume for an arrival that was checked. Blocks.
-    pub(crate) fn take_in(
-        &self,
-        open: &Open,
-        migration: MigrationId,
-        peer: &SiteName,
-    ) -> Result<Arc<Hosted>, WireError> {
-        let failed =
-            |error: ErrorBody| WireError::new(ErrorCode::OTHER, format!("at the target: {error}"));
-        let reservation = self.reserve(&open.name).map_err(failed)?;
-        let new = NewVolume {
-            id: open.volume,
-            name: open.name.clone(),
-            tenant: DEFAULT_TENANT.to_owned(),
-            image: self.image_path(&open.name),
-            epoch: open.epoch,
-            ownership: Ownership::Incoming {
-                migration,
-                peer: peer.clone(),
-            },
-        };
-        let volume = Volume::create(&self.volumes, new, open.size, &self.options)
-            .map_err(|error| failed(cannot_make(&error)))?;
-        self.put(reservation, &volume, true).map_err(failed)
     }
 
     fn image_path(&self, name: &VolumeName) -> PathBuf {

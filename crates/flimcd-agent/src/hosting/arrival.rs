@@ -1,0 +1,133 @@
+//! Volumes that come from a peer: whether they may, whether they fit, and making them.
+
+use flimcd_core::{MigrationId, SiteName, VolumeSize};
+use flimcd_volume::{NewVolume, Ownership, Volume};
+use flimcd_wire::{ErrorCode, Open, WireError};
+use std::{fs, sync::Arc};
+
+use super::{
+    DEFAULT_TENANT, Hosted, Hosting, cannot_make,
+    hosted::{allocated, state_of},
+};
+use crate::{
+    Config,
+    api::{ErrorBody, OwnershipState},
+};
+
+impl Hosting {
+    /// Whether a volume that a peer wants to send may come, and fits. Blocks.
+    pub(crate) fn check_arrival(&self, open: &Open, config: &Config) -> Result<(), WireError> {
+        let site = &config.site;
+        let exists = |text: String| Err(WireError::new(ErrorCode::VOLUME_EXISTS, text));
+        if let Some(same) = self.by_id(open.volume) {
+            let record = same.record();
+            let name = same.name();
+            if record.size != open.size {
+                let text = format!(
+                    "site {site} has this volume as {name} with {} bytes, but {} are to come; remove it there",
+                    record.size.bytes(),
+                    open.size.bytes()
+                );
+                return Err(WireError::new(ErrorCode::SIZE, text));
+            }
+            return exists(match state_of(&record.ownership).0 {
+                OwnershipState::Released => format!(
+                    "site {site} still keeps the copy of {name} that it had before; remove it there with \
+                     `flimcd volume remove {name} --delete-image`, then migrate again"
+                ),
+                state => format!("site {site} has this volume already, as {name} ({state})"),
+            });
+        }
+        if self.slots().contains_key(&open.name) {
+            return exists(format!(
+                "site {site} has another volume called {}; rename or remove one of the two",
+                open.name
+            ));
+        }
+        let image = self.image_path(&open.name);
+        if fs::symlink_metadata(&image).is_ok() {
+            return exists(format!(
+                "at site {site} there is a file {} where the image would be; move it away",
+                image.display()
+            ));
+        }
+        self.check_room(open.size, config)
+    }
+
+    fn check_room(&self, size: VolumeSize, config: &Config) -> Result<(), WireError> {
+        let room = rustix::fs::statvfs(&self.images_dir).map_err(|error| {
+            let text = format!(
+                "the room at site {} cannot be found out: {error}",
+                config.site
+            );
+            WireError::new(ErrorCode::DISK, text)
+        })?;
+        let free = room.f_bavail.saturating_mul(room.f_frsize);
+        // What is still to come of volumes that are arriving already.
+        let promised: u64 = self
+            .all()
+            .iter()
+            .map(|hosted| hosted.record())
+            .filter(|record| {
+                matches!(
+                    record.ownership,
+                    Ownership::Incoming { .. } | Ownership::Arriving { .. }
+                )
+            })
+            .map(|record| record.size.bytes().saturating_sub(allocated(&record.image)))
+            .sum();
+        let reserve = config.limits.reserve_bytes();
+        let usable = free.saturating_sub(promised).saturating_sub(reserve);
+        let needed = if config.limits.overcommit {
+            1
+        } else {
+            size.bytes()
+        };
+        if needed <= usable {
+            return Ok(());
+        }
+        let mib = |bytes: u64| bytes >> 20;
+        let text = format!(
+            "site {} has too little room for {} MiB: {} MiB are free in {}, {} MiB of that are promised to \
+             other volumes and {} MiB kept in reserve; make room{}",
+            config.site,
+            mib(size.bytes()),
+            mib(free),
+            self.images_dir.display(),
+            mib(promised),
+            mib(reserve),
+            if config.limits.overcommit {
+                ""
+            } else {
+                ", or set limits.overcommit there if the volume is sparse enough"
+            }
+        );
+        Err(WireError::new(ErrorCode::NO_SPACE, text))
+    }
+
+    /// Makes the volume for an arrival that was checked. Blocks.
+    pub(crate) fn take_in(
+        &self,
+        open: &Open,
+        migration: MigrationId,
+        peer: &SiteName,
+    ) -> Result<Arc<Hosted>, WireError> {
+        let failed =
+            |error: ErrorBody| WireError::new(ErrorCode::OTHER, format!("at the target: {error}"));
+        let reservation = self.reserve(&open.name).map_err(failed)?;
+        let new = NewVolume {
+            id: open.volume,
+            name: open.name.clone(),
+            tenant: DEFAULT_TENANT.to_owned(),
+            image: self.image_path(&open.name),
+            epoch: open.epoch,
+            ownership: Ownership::Incoming {
+                migration,
+                peer: peer.clone(),
+            },
+        };
+        let volume = Volume::create(&self.volumes, new, open.size, &self.options)
+            .map_err(|error| failed(cannot_make(&error)))?;
+        self.put(reservation, &volume, true).map_err(failed)
+    }
+}

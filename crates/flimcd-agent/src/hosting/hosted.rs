@@ -1,0 +1,160 @@
+//! One volume under care, with its export.
+
+use flimcd_core::{Epoch, MigrationId, SiteName, VolumeName};
+use flimcd_migrate::TargetStart;
+use flimcd_nbd::Server;
+use flimcd_volume::{Ownership, Volume, VolumeRecord};
+use flimcd_wire::TargetStage;
+use std::{
+    fs,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use crate::{
+    api::{ErrorBody, ExportInfo, OwnershipState, Phase, Role, VolumeInfo},
+    migration::store::MigrationRecord,
+    ops::not_owner,
+};
+
+/// A volume under care, with its export.
+pub(crate) struct Hosted {
+    pub(super) volume: Arc<Volume>,
+    /// Gone once the volume is being removed.
+    server: Mutex<Option<Server>>,
+    socket: PathBuf,
+}
+
+impl Hosted {
+    /// Serves a volume's export.
+    pub(super) fn serve(
+        volume: Arc<Volume>,
+        runtime_dir: &Path,
+    ) -> Result<Arc<Self>, flimcd_nbd::BindError> {
+        let name = volume.name().clone();
+        let socket = runtime_dir.join(format!("{name}.sock"));
+        let server = Server::bind(&socket)?;
+        server.export(name.as_str(), volume.clone());
+        Ok(Arc::new(Self {
+            volume,
+            server: Mutex::new(Some(server)),
+            socket,
+        }))
+    }
+
+    pub(crate) fn volume(&self) -> &Arc<Volume> {
+        &self.volume
+    }
+
+    pub(crate) fn name(&self) -> &VolumeName {
+        self.volume.name()
+    }
+
+    /// Its durable record.
+    pub(crate) fn record(&self) -> VolumeRecord {
+        match self.volume.record() {
+            Some(record) => record,
+            None => unreachable!("volumes without a record are made by tests only"),
+        }
+    }
+
+    /// Where a guest finds it.
+    pub(crate) fn export(&self) -> ExportInfo {
+        ExportInfo {
+            socket: self.socket.clone(),
+            export: self.name().to_string(),
+            uri: format!(
+                "nbd+unix:///{}?socket={}",
+                self.name(),
+                self.socket.display()
+            ),
+        }
+    }
+
+    /// What this agent is to it.
+    pub(crate) fn state(&self) -> OwnershipState {
+        state_of(&self.record().ownership).0
+    }
+
+    /// The epoch of an owned volume.
+    pub(crate) fn epoch_to_migrate(&self) -> Result<Epoch, ErrorBody> {
+        match self.record().ownership {
+            Ownership::Owner { epoch } => Ok(epoch),
+            other => {
+                let (state, peer) = state_of(&other);
+                Err(not_owner(self.name(), state, peer))
+            }
+        }
+    }
+
+    /// How a migration that its record takes for running has ended, by the volume's own record.
+    pub(crate) fn ended_as(&self, migration: &MigrationRecord) -> Option<Phase> {
+        match (migration.role, self.record().ownership) {
+            (Role::Source, Ownership::Released { complete: true, .. })
+            | (Role::Target, Ownership::Owner { .. }) => Some(Phase::Completed),
+            _ => None,
+        }
+    }
+
+    /// Where a target machine goes on.
+    pub(crate) fn target_start(&self, refused: Option<Epoch>) -> TargetStart {
+        let stage = match self.record().ownership {
+            Ownership::Arriving { epoch, .. } => TargetStage::Owner(epoch),
+            Ownership::Owner { epoch } => TargetStage::Complete(epoch),
+            _ => TargetStage::Incoming,
+        };
+        TargetStart::Resume {
+            stage,
+            refused,
+            missing_blocks: self.volume.missing_count(),
+        }
+    }
+
+    /// As the API shows it.
+    pub(crate) fn describe(&self, migration: Option<MigrationId>) -> VolumeInfo {
+        let record = self.record();
+        let (ownership, peer) = state_of(&record.ownership);
+        VolumeInfo {
+            id: record.id,
+            name: record.name.clone(),
+            tenant: record.tenant.clone(),
+            size_bytes: record.size.bytes(),
+            allocated_bytes: allocated(&record.image),
+            epoch: record.epoch.0,
+            ownership,
+            peer: peer.cloned(),
+            image: record.image.clone(),
+            export: Some(self.export()),
+            guest_connections: self.volume.connections(),
+            migration,
+        }
+    }
+
+    /// Disconnects guests and removes the socket. Blocks until they are gone.
+    pub(super) fn stop_serving(&self) {
+        let server = self
+            .server
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(server) = server {
+            server.shutdown();
+        }
+    }
+}
+
+/// Bytes that an image takes on its file system.
+pub(super) fn allocated(image: &Path) -> u64 {
+    fs::metadata(image).map_or(0, |metadata| metadata.blocks() * 512)
+}
+
+pub(super) fn state_of(ownership: &Ownership) -> (OwnershipState, Option<&SiteName>) {
+    match ownership {
+        Ownership::Owner { .. } => (OwnershipState::Owner, None),
+        Ownership::Prepared { peer, .. } => (OwnershipState::Prepared, Some(peer)),
+        Ownership::Released { peer, .. } => (OwnershipState::Released, Some(peer)),
+        Ownership::Incoming { peer, .. } => (OwnershipState::Incoming, Some(peer)),
+        Ownership::Arriving { peer, .. } => (OwnershipState::Arriving, Some(peer)),
+    }
+}
