@@ -27,10 +27,13 @@ pub(crate) fn rate(bytes_per_sec: u64) -> String {
     format!("{} {}", three_digits(value), UNITS[unit])
 }
 
-/// `12.3 s`, `4m 05s`, `2h 10m`.
+/// `41 ms`, `12.3 s`, `4m 05s`, `2h 10m`.
 pub(crate) fn seconds(seconds: f64) -> String {
     if !seconds.is_finite() {
         return "–".into();
+    }
+    if seconds > 0.0 && seconds < 0.95 {
+        return format!("{:.0} ms", seconds * 1e3);
     }
     if seconds < 99.95 {
         return format!("{seconds:.1} s");
@@ -87,6 +90,7 @@ mod tests {
         assert_eq!(rate(25_000_000), "200 Mbit/s");
         assert_eq!(rate(0), "0.00 bit/s");
         assert_eq!(seconds(12.34), "12.3 s");
+        assert_eq!(seconds(0.0412), "41 ms");
         assert_eq!(seconds(245.0), "4m 05s");
         assert_eq!(seconds(7800.0), "2h 10m");
         assert_eq!(seconds(f64::INFINITY), "–");

@@ -68,8 +68,15 @@ pub(super) fn prepare(dir: &Path, args: &DemoArgs) -> anyhow::Result<DemoImage> 
         // A recorded guest addresses sectors.
         LoadArg::Trace(_) => 512,
     };
-    let baseline = Baseline::of_file(&path, granule).context("the image cannot be surveyed")?;
-    let (non_zero_bytes, encoded_bytes) = encoded(&path).context("the image cannot be read")?;
+    let (baseline, encoded) = std::thread::scope(|scope| {
+        let survey = scope.spawn(|| Baseline::of_file(&path, granule));
+        let encoded = encoded(&path);
+        (survey.join(), encoded)
+    });
+    let baseline = baseline
+        .map_err(|_| anyhow::anyhow!("the survey of the image panicked"))?
+        .context("the image cannot be surveyed")?;
+    let (non_zero_bytes, encoded_bytes) = encoded.context("the image cannot be read")?;
     let facts = ImageFacts {
         from,
         size_bytes: baseline.size(),

@@ -327,18 +327,20 @@ async fn move_guest(
             .context("the guest cannot be stopped at the source")?;
         let stopped = Instant::now();
         drop(paused.disk);
-        // A guest that rests now and then would count its rest as downtime: one read stands for it.
-        let probed = match is_busy {
-            true => None,
-            false => Some(guest::probe(&mut *disk).context("the target does not answer")?),
-        };
+        // A flush may be answered before the switch, and a guest that rests now and then would count its
+        // rest as downtime: one read of the first bytes tells when the target really serves.
+        let served = guest::probe(&mut *disk).context("the target does not answer")?;
         let resumed = load.resume_on(disk).map_err(|error| {
             advise(
                 format!("the guest cannot go on at the target: {error}"),
                 "the target did not take the volume over; see the agents' logs",
             )
         })?;
-        let at = probed.unwrap_or(resumed.first_completed);
+        let at = if is_busy {
+            resumed.first_completed
+        } else {
+            served
+        };
         let since = paused.last_completed.filter(|_| is_busy).unwrap_or(stopped);
         Ok(Moved {
             at,
