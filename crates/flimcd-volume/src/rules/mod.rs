@@ -63,7 +63,7 @@
 //!
 //! # Cost
 //! In `Owner` without tracking a request costs a slot in a table and allocates nothing. Sets are paged bitmaps
-//! ([`BlockSet`]): a set that is mixed everywhere takes 32 MiB per TiB.
+//! ([`BlockSet`](flimcd_core::BlockSet)): a set that is mixed everywhere takes 32 MiB per TiB.
 
 mod flush;
 mod guest;

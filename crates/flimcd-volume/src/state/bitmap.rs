@@ -9,6 +9,7 @@ use std::{
 };
 
 use flimcd_core::{BlockRange, BlockSet, Epoch, VolumeId, VolumeSize};
+use rustix::{fs::FallocateFlags, io::Errno};
 
 use super::StateError;
 
@@ -67,10 +68,13 @@ impl BitmapFile {
             path: path.to_owned(),
             blocks,
         };
-        bitmap
-            .file
-            .set_len(HEADER as u64 + blocks.div_ceil(8))
-            .map_err(fail())?;
+        let length = HEADER as u64 + blocks.div_ceil(8);
+        bitmap.file.set_len(length).map_err(fail())?;
+        // Room for every bit now, so that a full disk is met before a guest depends on the file and not by one of its writes.
+        match rustix::fs::fallocate(&bitmap.file, FallocateFlags::empty(), 0, length) {
+            Ok(()) | Err(Errno::OPNOTSUPP) => {}
+            Err(error) => return Err(fail()(error.into())),
+        }
         for run in set.runs() {
             bitmap.change(run, true)?;
         }
