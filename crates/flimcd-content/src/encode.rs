@@ -142,16 +142,29 @@ pub enum Decoded<'a> {
 }
 
 /// Unpacks entries. Keeps its buffer between calls; one per thread.
-#[derive(Default)]
 pub struct Decoder {
+    decompressor: zstd::bulk::Decompressor<'static>,
     scratch: Vec<u8>,
+}
+
+impl Default for Decoder {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 impl Decoder {
     /// A decoder.
+    ///
+    /// # Panics
+    /// When there is no memory for zstd's state.
     #[must_use]
     pub fn new() -> Self {
-        Self::default()
+        let decompressor = zstd::bulk::Decompressor::new().expect("memory for zstd's state");
+        Self {
+            decompressor,
+            scratch: Vec::new(),
+        }
     }
 
     /// Unpacks the content of one entry of a message for a volume of `size`. Takes no more memory
@@ -178,7 +191,9 @@ impl Decoder {
             Content::Zstd { .. } if range.len() <= flimcd_core::limits::MAX_BLOCKS_PER_MESSAGE => {
                 let len = usize::try_from(len).map_err(|_| wrong)?;
                 self.scratch.resize(len, 0);
-                let got = zstd::bulk::decompress_to_buffer(payload, &mut self.scratch);
+                let got = self
+                    .decompressor
+                    .decompress_to_buffer(payload, &mut self.scratch[..]);
                 match got {
                     Ok(got) if got == len => Ok(Decoded::Bytes(&self.scratch)),
                     _ => Err(wrong),

@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use flimcd_core::BlockRange;
+use flimcd_core::{BLOCK_SIZE, BlockRange};
 
 use super::{Policy, View, cursor::Cursor};
 
@@ -52,7 +52,11 @@ impl Policy for PreCopy {
     }
 
     fn is_ready(&mut self, view: &View<'_>) -> bool {
-        view.time_to_send_pending() <= STOP_AND_COPY_MAX || self.cursor.rounds() >= ROUNDS_MAX
+        // Counted in full blocks: what a guest has just written is seldom zero.
+        #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+        let left = (view.pending.count() + view.in_flight_blocks) as f64 * BLOCK_SIZE as f64;
+        left / view.link.rate_or_default() <= STOP_AND_COPY_MAX.as_secs_f64()
+            || self.cursor.rounds() >= ROUNDS_MAX
     }
 
     fn next_push(&mut self, view: &View<'_>) -> Option<BlockRange> {

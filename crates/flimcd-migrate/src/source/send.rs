@@ -12,8 +12,9 @@ const PREPARED_BLOCKS_MAX: u64 = 512;
 /// Content that may be on its way without acknowledgement: 64 MiB. The link does the flow control; this only bounds what
 /// a broken one loses and what both sides remember. A 10 Gbit/s link of 50 ms needs as much.
 const SENT_BLOCKS_MAX: u64 = 16 * 1024;
-/// Weight of a new message in the average cost of a block.
-const COST_WEIGHT: f64 = 1.0 / 256.0;
+/// Weight of a new block in the average cost of a block: the last 64 MiB count. Images have long stretches of zeroes, which
+/// say little about what is still to come.
+const COST_WEIGHT: f64 = 1.0 / 16_384.0;
 
 impl SourceMachine {
     /// Begins as many reads as are worth it.
