@@ -63,6 +63,9 @@ impl LinkConfig {
                 })
             }
         };
+        if self.peers.contains(&self.site) {
+            return Err(ConfigError::OwnPeer(self.site.clone()));
+        }
         let bulk = u64::from(self.bulk_connections.unwrap_or(1));
         range(
             "the number of bulk connections",

@@ -21,7 +21,7 @@ use crate::{
     bucket::Bucket,
     config::BULK_CONNECTIONS_MAX,
     dial::Dialler,
-    greet::{self, Greeted},
+    greet::{self, Greeted, TurnedAway},
     identity::Credentials,
     lane::{BULK, Lane},
     link::{Link, Origin},
@@ -38,6 +38,8 @@ const PENDING_MAX: usize = 2;
 const PENDING_TIMEOUT: Duration = Duration::from_secs(10);
 /// Pause after accepting failed, for example for want of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// How long a refusal that repeats itself is not logged again.
+const REFUSAL_LOG_PAUSE: Duration = Duration::from_secs(60);
 /// Bulk connections where the kernel has no BBR: with loss, several carry more than one.
 const BULK_WITHOUT_BBR: u8 = 4;
 
@@ -53,6 +55,7 @@ pub(crate) struct Shared {
     pub(crate) credentials: Credentials,
     links: BTreeMap<SiteName, Arc<Link>>,
     pending: Mutex<HashMap<SiteName, Vec<Pending>>>,
+    last_refusal: Mutex<Option<(String, Instant)>>,
     stop: watch::Sender<bool>,
 }
 
@@ -94,6 +97,7 @@ impl Endpoint {
             credentials,
             links,
             pending: Mutex::default(),
+            last_refusal: Mutex::default(),
             stop: watch::Sender::new(false),
         })))
     }
@@ -136,7 +140,8 @@ impl Endpoint {
         Ok(local)
     }
 
-    /// Dials `peer` at `address` (`host:port`) whenever its link is down, until the endpoint stops.
+    /// Dials `peer` at `address` (`host:port`) whenever its link is down, until the endpoint stops or
+    /// another address is given.
     ///
     /// # Errors
     /// [`UnknownPeer`] for a site that is not configured.
@@ -144,12 +149,13 @@ impl Endpoint {
         let handle = self.peer(peer)?;
         let dialler = Dialler::new(self.0.clone(), handle.0.clone(), address.to_owned());
         let mut stop = self.0.stop.subscribe();
-        tokio::spawn(async move {
+        let task = tokio::spawn(async move {
             tokio::select! {
                 () = dialler.run() => {}
                 _ = stop.wait_for(|&stop| stop) => {}
             }
         });
+        handle.0.set_dialler(task.abort_handle());
         Ok(handle)
     }
 
@@ -214,22 +220,56 @@ impl Shared {
                     Ok(Err(error)) => error,
                     Err(_) => LinkError::HandshakeTimeout { after: limit },
                 };
-                tracing::warn!(%from, "refused a connection: {error}");
+                shared.log_refusal(from.ip(), &error);
             });
         }
     }
 
     async fn receive(&self, tcp: TcpStream) -> Result<(), LinkError> {
         socket::prepare(&tcp, self.config.silence_max);
-        let greeted = greet::accept(tcp, self.credentials.server.clone()).await?;
+        let greeted = match greet::accept(tcp, self.credentials.server.clone()).await {
+            Ok(greeted) => greeted,
+            Err(TurnedAway { site, error }) => {
+                return Err(self.note_turned_away(site.as_ref(), error));
+            }
+        };
         let hello = greeted.hello.clone();
         let link = match self.admit(&hello) {
             Ok(link) => link,
-            Err(refusal) => return Err(greeted.refuse(refusal).await),
+            Err(refusal) => {
+                let error = greeted.refuse(refusal).await;
+                return Err(self.note_turned_away(Some(&hello.site), error));
+            }
         };
         let lane = Greeted::welcome(greeted, &self.config.site, &link.traffic).await;
         self.collect(&link, &hello, lane?);
         Ok(())
+    }
+
+    /// Lets the link of a peer that is known say why it is not up.
+    fn note_turned_away(&self, site: Option<&SiteName>, error: LinkError) -> LinkError {
+        if let Some(link) = site.and_then(|site| self.links.get(site)) {
+            link.note_turned_away(error.clone());
+        }
+        error
+    }
+
+    /// Logs a refusal, but not the same one over and over: diallers come back every two seconds.
+    fn log_refusal(&self, from: IpAddr, error: &LinkError) {
+        let text = format!("refused a connection from {from}: {error}");
+        let mut last = self
+            .last_refusal
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let is_new = last
+            .as_ref()
+            .is_none_or(|(old, at)| *old != text || at.elapsed() > REFUSAL_LOG_PAUSE);
+        if is_new {
+            tracing::warn!("{text}");
+            *last = Some((text, Instant::now()));
+        } else {
+            tracing::debug!("{text}");
+        }
     }
 
     fn admit(&self, hello: &Hello) -> Result<Arc<Link>, Refusal> {

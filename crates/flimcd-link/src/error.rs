@@ -3,7 +3,7 @@
 use std::{io, sync::Arc, time::Duration};
 
 use flimcd_core::SiteName;
-use flimcd_wire::{DecodeError, HelloError};
+use flimcd_wire::{DecodeError, HelloError, Refusal};
 
 /// Why a link could not be set up, or went down. Cheap to clone: it is kept as the last failure and
 /// handed out with the `Down` event.
@@ -57,6 +57,9 @@ pub enum LinkError {
     /// The greeting failed: another protocol, another version, or a refusal.
     #[error(transparent)]
     Hello(#[from] HelloError),
+    /// This side refused a connection of the peer, and told it why.
+    #[error("a connection of the peer was refused: {0}")]
+    TurnedAway(Refusal),
     /// The peer sent something that is no frame. The bundle was closed.
     #[error("{0}; the connection was closed, nothing of it was used")]
     Malformed(#[from] DecodeError),
@@ -168,6 +171,9 @@ pub enum ConfigError {
     /// The certificate names no site.
     #[error("this site's own certificate names no flimcd site; issue one with flimcd pki issue")]
     NoSite,
+    /// The site is its own peer.
+    #[error("site {0} is among its own peers; remove it there, or correct this site's name")]
+    OwnPeer(SiteName),
     /// A number outside of its bounds.
     #[error("{what} must be between {min} and {max}, not {value}")]
     Range {

@@ -86,15 +86,25 @@ pub(crate) struct Greeted {
     version: u16,
 }
 
+/// An accepted connection that was turned away.
+pub(crate) struct TurnedAway {
+    /// The site in its certificate, if it came that far.
+    pub(crate) site: Option<SiteName>,
+    pub(crate) error: LinkError,
+}
+
 /// Takes the TLS handshake and the greeting of an accepted connection. On failure the peer was told.
-pub(crate) async fn accept(tcp: TcpStream, tls: Arc<ServerConfig>) -> Result<Greeted, LinkError> {
+pub(crate) async fn accept(tcp: TcpStream, tls: Arc<ServerConfig>) -> Result<Greeted, TurnedAway> {
     let accepted = TlsAcceptor::from(tls).accept(tcp).into_fallible().await;
     let mut stream = match accepted {
         Ok(stream) => stream,
         Err((error, tcp)) => {
             // The alert is on its way already.
             linger(tcp).await;
-            return Err(tls_error(error));
+            return Err(TurnedAway {
+                site: None,
+                error: tls_error(error),
+            });
         }
     };
     let certificate_site = stream
@@ -104,9 +114,9 @@ pub(crate) async fn accept(tcp: TcpStream, tls: Arc<ServerConfig>) -> Result<Gre
         .and_then(|chain| site_of(chain.first()?));
     let refusal = match (
         read_greeting(&mut stream, decode_hello).await,
-        certificate_site,
+        &certificate_site,
     ) {
-        (Ok((hello, version, _)), Some(site)) if hello.site == site => {
+        (Ok((hello, version, _)), Some(site)) if hello.site == *site => {
             return Ok(Greeted {
                 stream,
                 hello,
@@ -130,10 +140,16 @@ pub(crate) async fn accept(tcp: TcpStream, tls: Arc<ServerConfig>) -> Result<Gre
         },
         (Err(error), _) => {
             linger(stream).await;
-            return Err(error);
+            return Err(TurnedAway {
+                site: certificate_site,
+                error,
+            });
         }
     };
-    Err(turn_away(stream, refusal).await)
+    Err(TurnedAway {
+        error: turn_away(stream, refusal).await,
+        site: certificate_site,
+    })
 }
 
 impl Greeted {
@@ -164,7 +180,7 @@ async fn turn_away(mut stream: TlsStream<TcpStream>, refusal: Refusal) -> LinkEr
     if stream.write_all(&reply).await.is_ok() && stream.shutdown().await.is_ok() {
         linger(stream).await;
     }
-    HelloError::Refused(refusal).into()
+    LinkError::TurnedAway(refusal)
 }
 
 /// Reads and drops a little, until the other end has closed.

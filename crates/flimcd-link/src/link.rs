@@ -10,7 +10,10 @@ use std::{
 
 use flimcd_core::SiteName;
 use flimcd_wire::{Class, Frame};
-use tokio::sync::{Notify, watch};
+use tokio::{
+    sync::{Notify, watch},
+    task::AbortHandle,
+};
 
 use crate::{
     LinkError, LinkEvent, SendError,
@@ -65,6 +68,7 @@ pub(crate) struct Link {
     meter: Mutex<Meter>,
     failure: Mutex<Option<LinkError>>,
     congestion: Mutex<Option<String>>,
+    dialler: Mutex<Option<AbortHandle>>,
     /// Taken before any other lock of the link while bundles come and go.
     active: Mutex<Active>,
     pub(crate) status: watch::Sender<LinkStatus>,
@@ -137,6 +141,7 @@ impl Link {
             }),
             failure: Mutex::new(None),
             congestion: Mutex::new(None),
+            dialler: Mutex::new(None),
             active: Mutex::default(),
             status: watch::Sender::default(),
         })
@@ -162,6 +167,20 @@ impl Link {
             tracing::warn!(peer = %self.peer, "link: {text}");
         }
         *failure = Some(error);
+    }
+
+    /// Keeps why a connection of the peer was turned away, unless the link is up all the same.
+    pub(crate) fn note_turned_away(&self, error: LinkError) {
+        if !self.status.borrow().is_up {
+            self.fail(error);
+        }
+    }
+
+    /// Notes who dials now; the one before ends.
+    pub(crate) fn set_dialler(&self, dialler: AbortHandle) {
+        if let Some(old) = lock(&self.dialler).replace(dialler) {
+            old.abort();
+        }
     }
 
     /// Puts a complete bundle to use, in place of the one there may be. When both sides dialled at

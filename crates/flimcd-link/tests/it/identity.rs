@@ -231,6 +231,10 @@ async fn greetings_that_do_not_fit_are_refused_with_the_reason() {
         assert_eq!(refusal.code, code);
         assert!(refusal.text.contains(text), "{}", refusal.text);
     }
+    // The peer's link says so, too.
+    let link = listener.peer(&site("west")).unwrap();
+    let error = failure(&link).await;
+    assert!(matches!(error, LinkError::TurnedAway(_)), "{error:?}");
     // Without a certificate nobody even hears the greeting.
     let mut stream = connect(&address, None).await;
     assert_eq!(
@@ -320,6 +324,7 @@ fn wrong_configurations_are_refused_before_anything_is_opened() {
         &|c| c.tls.key_pem = authority.identity("west").key_pem,
         "certificate and key",
     );
+    check(&|c| c.peers.push(site("east")), "its own peers");
     check(&|c| c.bulk_connections = Some(9), "between 1 and 8");
     check(&|c| c.bulk_connections = Some(0), "between 1 and 8");
     check(&|c| c.ceiling_bytes_per_sec = Some(10), "bandwidth limit");

@@ -197,3 +197,26 @@ async fn both_sides_may_dial_and_end_up_on_the_same_bundle() {
         echo.await.unwrap();
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_address_takes_the_place_of_the_old_one() {
+    let authority = Authority::new();
+    let west = authority.endpoint("west", &["east"]);
+    let vacant = TcpListener::bind("127.0.0.1:0").unwrap();
+    let wrong = vacant.local_addr().unwrap().to_string();
+    drop(vacant);
+    let link = west.link(&site("east"), &wrong).unwrap();
+    let east = authority.endpoint("east", &["west"]);
+    let right = east.listen("127.0.0.1:0").await.unwrap().to_string();
+    west.link(&site("east"), &right).unwrap();
+    assert_eq!(next_up(&link).await, 1);
+    // Again the same: there is still one dialler, and the link stays as it is.
+    west.link(&site("east"), &right).unwrap();
+    let frame = message(1, Class::Control);
+    link.send(frame.clone()).await.unwrap();
+    let e = east.peer(&site("west")).unwrap();
+    assert_eq!(next_up(&e).await, 1);
+    assert_eq!(next_frame(&e).await, frame);
+    west.stop();
+    east.stop();
+}
