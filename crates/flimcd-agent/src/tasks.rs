@@ -67,7 +67,7 @@ async fn run_source(
         Err(error) if is_fresh => {
             stop_tracking(&volume);
             let why = format!("finding the data of the volume failed: {error}");
-            return fail(&agent, record, &begin, why).await;
+            return fail(&agent, record, why).await;
         }
         Err(error) => {
             let why = format!("finding out what the target lacks failed: {error}");
@@ -223,10 +223,9 @@ pub(crate) fn ended_early(mut record: MigrationRecord, why: String) -> Migration
 }
 
 /// Ends a migration that could not begin, or go on.
-pub(crate) async fn fail(agent: &Arc<Agent>, record: MigrationRecord, begin: &Begin, why: String) {
+pub(crate) async fn fail(agent: &Arc<Agent>, record: MigrationRecord, why: String) {
     tracing::error!(migration = %record.id, volume = %record.volume, "the migration failed: {why}");
     let record = ended_early(record, why);
-    begin.status.send_replace(record.status.clone());
     save(agent, record.clone()).await;
     finish(agent, (record, Outcome::Ended)).await;
 }

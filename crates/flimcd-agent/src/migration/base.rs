@@ -227,7 +227,8 @@ impl<D> Base<D> {
         self.published_at.elapsed() >= PUBLISH
     }
 
-    /// Makes the status visible to others.
+    /// Makes the status visible to others. That the migration has ended is left to the registry, which says so when
+    /// everything is cleaned up and the volume may be migrated again.
     pub(crate) fn publish(&mut self) {
         self.published_at = Instant::now();
         let handle = self.port.link().handle();
@@ -235,8 +236,11 @@ impl<D> Base<D> {
         let on_link = handle.bytes_sent() + handle.bytes_received();
         self.status.bytes_on_link =
             self.on_link_before + on_link.saturating_sub(self.link_bytes_before);
+        if self.status.phase.has_ended() {
+            return;
+        }
         let mut status = self.status.clone();
-        if !status.phase.has_ended() && !status.link_up && status.error.is_none() {
+        if !status.link_up && status.error.is_none() {
             let why = handle.last_error().map(|error| error.to_string());
             status.error = Some(
                 why.unwrap_or_else(|| format!("the link to {} is not up yet", self.record.peer)),

@@ -342,6 +342,8 @@ impl SourceDriver {
 
     fn report(&mut self, event: SourceEvent) {
         match event {
+            // Not a phase to people: what it returns from says more, and its end follows at once.
+            SourceEvent::Phase(SourcePhase::Returning) => {}
             SourceEvent::Phase(phase) => self.base.set_phase(api_phase(phase)),
             SourceEvent::ReadyForSwitchover => {
                 tracing::info!(migration = %self.base.record.id, "ready for the switchover");
