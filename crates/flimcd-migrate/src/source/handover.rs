@@ -141,6 +141,10 @@ impl SourceMachine {
 
     /// Offers the volume to the target, with what it will miss.
     fn send_switch(&mut self) {
+        // Without a link nothing is known yet of what is outdated and what is just lost: after the next Accept.
+        if self.link != LinkState::Accepted {
+            return;
+        }
         let epoch = self.offered_epoch();
         let stale = self.flights.retire_outdated(&mut self.pending);
         let missing = self.missing();
