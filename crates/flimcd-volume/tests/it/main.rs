@@ -3,6 +3,7 @@
 mod handover;
 mod killed;
 mod lifecycle;
+mod live;
 
 use std::{
     path::Path,
