@@ -1,10 +1,12 @@
 //! The server's side of the handshake, without I/O.
 //!
-//! [`Negotiation`] takes the client's bytes and appends the server's to a buffer, until the client has chosen an export.
-//! The order: greeting, the client's flags, any number of options, of which `GO` and `EXPORT_NAME` end it well and `ABORT`
-//! ends it for good. A malformed option gets the protocol's error and the handshake goes on; what cannot be understood at
-//! all (a wrong magic number, an unknown flag) ends the connection. Memory is taken for one option of at most
-//! [`OPTION_BYTES_MAX`]; a longer one is skipped without being kept and answered with `ERR_TOO_BIG`.
+//! [`Negotiation`] takes the client's bytes and appends the server's to a buffer, until the client
+//! has chosen an export. The order: greeting, the client's flags, any number of options, of which
+//! `GO` and `EXPORT_NAME` end it well and `ABORT` ends it for good. A malformed option gets the
+//! protocol's error and the handshake goes on; what cannot be understood at all (a wrong magic
+//! number, an unknown flag) ends the connection. Memory is taken for one option of at most
+//! [`OPTION_BYTES_MAX`]; a longer one is skipped without being kept and answered with
+//! `ERR_TOO_BIG`.
 
 use crate::proto::{
     BASE_ALLOCATION, BASE_ALLOCATION_ID, GREETING_MAGIC, NAME_BYTES_MAX, OPTION_BYTES,
@@ -85,7 +87,8 @@ enum State {
 /// One handshake.
 ///
 /// # Contract
-/// [`greet`](Self::greet) once, then [`advance`](Self::advance) with all bytes that are there, each time bytes arrive.
+/// [`greet`](Self::greet) once, then [`advance`](Self::advance) with all bytes that are there, each
+/// time bytes arrive.
 #[derive(Debug)]
 pub struct Negotiation {
     state: State,
@@ -122,8 +125,9 @@ impl Negotiation {
         out.extend((handshake::FIXED_NEWSTYLE | handshake::NO_ZEROES).to_be_bytes());
     }
 
-    /// Takes bytes from the front of `input`, appends answers to `out`. Returns how many bytes were used, and what was agreed on once
-    /// that is clear: the bytes after those used then belong to the transmission phase.
+    /// Takes bytes from the front of `input`, appends answers to `out`. Returns how many bytes were
+    /// used, and what was agreed on once that is clear: the bytes after those used then belong to
+    /// the transmission phase.
     ///
     /// # Errors
     /// When the connection must be closed, after `out` has been sent.

@@ -1,4 +1,5 @@
-//! Numbers of the NBD protocol, as the NBD project's `doc/proto.md` gives them. Everything on the wire is big endian.
+//! Numbers of the NBD protocol, as the NBD project's `doc/proto.md` gives them. Everything on the
+//! wire is big endian.
 
 /// First eight bytes of a server, "NBDMAGIC".
 pub const GREETING_MAGIC: u64 = 0x4e42_444d_4147_4943;

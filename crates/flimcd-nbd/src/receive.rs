@@ -1,12 +1,13 @@
 //! From a client's bytes to requests, without I/O.
 //!
-//! [`Receiver`] owns the memory that bytes are received into, so that the payload of a large write goes from the socket
-//! straight to where the disk takes it from. What comes out is checked: flags, lengths and ranges are sound for the
-//! export, or it is a [`Received::Refused`] with the protocol's error. Only a wrong magic number ends the connection,
-//! because after it nobody knows where the next request begins.
+//! [`Receiver`] owns the memory that bytes are received into, so that the payload of a large write
+//! goes from the socket straight to where the disk takes it from. What comes out is checked: flags,
+//! lengths and ranges are sound for the export, or it is a [`Received::Refused`] with the
+//! protocol's error. Only a wrong magic number ends the connection, because after it nobody knows
+//! where the next request begins.
 //!
-//! Memory: one inbox, and one payload of at most the export's longest request. A longer payload is skipped
-//! without being kept. How many requests may be alive at once is the caller's business.
+//! Memory: one inbox, and one payload of at most the export's longest request. A longer payload is
+//! skipped without being kept. How many requests may be alive at once is the caller's business.
 
 use flimcd_volume::device::{BufPool, IoBuf};
 
@@ -99,7 +100,8 @@ pub struct BadMagic(pub u32);
 /// Turns bytes into requests.
 ///
 /// # Contract
-/// Put bytes where [`space`](Self::space) says, tell how many by [`filled`](Self::filled), and call [`next`](Self::next) until it has none.
+/// Put bytes where [`space`](Self::space) says, tell how many by [`filled`](Self::filled), and call
+/// [`next`](Self::next) until it has none.
 /// `next` may be put off when too much is being worked on; `space` then runs out by itself.
 #[derive(Debug)]
 pub struct Receiver {
@@ -115,7 +117,8 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    /// A receiver for a connection on which `agreed` holds, with the bytes that came behind the handshake.
+    /// A receiver for a connection on which `agreed` holds, with the bytes that came behind the
+    /// handshake.
     #[must_use]
     pub fn new(agreed: Agreed, after_handshake: &[u8]) -> Self {
         let mut inbox = vec![0; INBOX_BYTES.max(after_handshake.len())].into_boxed_slice();
@@ -378,7 +381,8 @@ mod tests {
         bytes
     }
 
-    /// Everything that comes out of `bytes` when they arrive in pieces of the given lengths, in turn.
+    /// Everything that comes out of `bytes` when they arrive in pieces of the given lengths, in
+    /// turn.
     fn receive(agreed: Agreed, bytes: &[u8], pieces: &[usize]) -> Vec<String> {
         let mut receiver = Receiver::new(agreed, &[]);
         let (mut pool, mut rest, mut out) = (BufPool::new(1 << 20), bytes, Vec::new());

@@ -1,7 +1,7 @@
 //! From answers to bytes, without I/O.
 //!
-//! [`Outbox`] keeps the answers that wait to be sent, as a list of slices for one gathering write: headers that it makes, and
-//! content that stays in the buffer the disk put it in.
+//! [`Outbox`] keeps the answers that wait to be sent, as a list of slices for one gathering write:
+//! headers that it makes, and content that stays in the buffer the disk put it in.
 
 use std::{collections::VecDeque, io::IoSlice};
 
@@ -76,8 +76,8 @@ impl Outbox {
         self.push(Piece::simple(cookie, 0), Vec::new(), IoBuf::empty());
     }
 
-    /// Answers a request with an error. `structured_only`: to a read or a block status request, where a client that agreed on
-    /// structured replies takes nothing else.
+    /// Answers a request with an error. `structured_only`: to a read or a block status request,
+    /// where a client that agreed on structured replies takes nothing else.
     pub fn failed(&mut self, cookie: u64, error: Errno, structured_only: bool) {
         if !(self.structured && structured_only) {
             return self.push(

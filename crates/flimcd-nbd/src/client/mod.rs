@@ -1,7 +1,8 @@
 //! A blocking client on a unix socket, with many requests in flight where the caller wants that.
 //!
-//! Two ways to use it, not at the same time: the calls of one request each ([`Client::read`], [`Client::write`], …),
-//! or [`Client::submit`] and [`Client::recv`], which answer in whatever order the server does.
+//! Two ways to use it, not at the same time: the calls of one request each ([`Client::read`],
+//! [`Client::write`], …), or [`Client::submit`] and [`Client::recv`], which answer in whatever
+//! order the server does.
 
 mod negotiate;
 
@@ -191,7 +192,8 @@ impl Client {
         self.pending.len()
     }
 
-    /// The socket, for waiting on several clients at once or for shutting it down from another thread.
+    /// The socket, for waiting on several clients at once or for shutting it down from another
+    /// thread.
     #[must_use]
     pub fn socket(&self) -> &UnixStream {
         &self.socket
@@ -206,8 +208,9 @@ impl Client {
         Ok(self.socket.set_write_timeout(timeout)?)
     }
 
-    /// Queues a request and returns its cookie. It is sent by the next [`flush_requests`](Self::flush_requests) or [`recv`](Self::recv), or
-    /// at once when it carries data.
+    /// Queues a request and returns its cookie. It is sent by the next
+    /// [`flush_requests`](Self::flush_requests) or [`recv`](Self::recv), or at once when it carries
+    /// data.
     ///
     /// # Errors
     /// When the connection is broken.
@@ -264,7 +267,8 @@ impl Client {
     /// Sends what is queued, then waits for the next answer.
     ///
     /// # Errors
-    /// When the connection is broken or nothing is in flight. A refusal by the server is no error here.
+    /// When the connection is broken or nothing is in flight. A refusal by the server is no error
+    /// here.
     pub fn recv(&mut self) -> Result<Reply, ClientError> {
         self.flush_requests()?;
         if self.pending.is_empty() {
@@ -277,7 +281,8 @@ impl Client {
         }
     }
 
-    /// As [`recv`](Self::recv), but only of what has been received already; `None` when that is not enough for an answer.
+    /// As [`recv`](Self::recv), but only of what has been received already; `None` when that is not
+    /// enough for an answer.
     ///
     /// # Errors
     /// As [`recv`](Self::recv).
@@ -510,7 +515,8 @@ impl Client {
         .map(drop)
     }
 
-    /// Extents from `offset` with their `base:allocation` flags; they may cover less or more than `length`.
+    /// Extents from `offset` with their `base:allocation` flags; they may cover less or more than
+    /// `length`.
     ///
     /// # Errors
     /// As [`read`](Self::read).

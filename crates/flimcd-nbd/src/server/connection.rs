@@ -1,14 +1,16 @@
 //! One client: handshake, then requests and answers until it leaves. One thread each.
 //!
-//! The thread owns the client's [`GuestPort`] and never waits for a single request: it receives as many as one call
-//! gives, hands them to the port together, sends what has ended in one gathering write, in whatever order it ended, and
-//! only then sleeps in `poll(2)` until the socket or the port has news.
+//! The thread owns the client's [`GuestPort`] and never waits for a single request: it receives as
+//! many as one call gives, hands them to the port together, sends what has ended in one gathering
+//! write, in whatever order it ended, and only then sleeps in `poll(2)` until the socket or the
+//! port has news.
 //!
-//! Memory is bounded: requests are taken only while what they hold (payloads, room for content, answers not yet
-//! sent) is below [`HELD_BYTES_MAX`]. A client that does not read its answers fills that, is not read from any more, and harms nobody else.
+//! Memory is bounded: requests are taken only while what they hold (payloads, room for content,
+//! answers not yet sent) is below [`HELD_BYTES_MAX`]. A client that does not read its answers fills
+//! that, is not read from any more, and harms nobody else.
 //!
-//! When the client is gone, or the server wants the connection to end, the port is dropped: that cancels what is parked and waits
-//! for what the disk has. What was not answered was not promised.
+//! When the client is gone, or the server wants the connection to end, the port is dropped: that
+//! cancels what is parked and waits for what the disk has. What was not answered was not promised.
 
 use std::{
     io,
@@ -43,7 +45,10 @@ const REQUEST_COST: usize = 512;
 const POOL_BYTES_MAX: usize = 8 << 20;
 /// Most extents in one block status answer.
 const EXTENTS_MAX: usize = 1024;
-/// After requests overlapped: so many batches go through the queue before waiting in place is tried again.
+/// What the socket holds of answers that the client has not taken.
+const SEND_BUFFER_BYTES: usize = 2 << 20;
+/// After requests overlapped: so many batches go through the queue before waiting in place is tried
+/// again.
 const OVERLAP_MEMORY: u32 = 64;
 
 /// Why a connection ended otherwise than by the client's leave.
@@ -69,6 +74,8 @@ pub(super) fn serve(socket: &UnixStream, shared: &Shared, id: u64) -> Result<(),
         return Ok(());
     };
     let port = volume.guest_port().map_err(ConnectionError::Port)?;
+    // Content in a few large pieces instead of many small ones, as far as the system allows.
+    let _ = rustix::net::sockopt::set_socket_send_buffer_size(socket, SEND_BUFFER_BYTES);
     tracing::debug!(
         export = agreed.name,
         structured = agreed.structured,
@@ -77,7 +84,8 @@ pub(super) fn serve(socket: &UnixStream, shared: &Shared, id: u64) -> Result<(),
     Connection::new(socket, volume, port, agreed, &rest).run()
 }
 
-/// Talks until an export is chosen; then what was agreed on and the bytes that came behind. `None` when the client left.
+/// Talks until an export is chosen; then what was agreed on and the bytes that came behind. `None`
+/// when the client left.
 fn negotiate(
     socket: &UnixStream,
     exports: &Exports,

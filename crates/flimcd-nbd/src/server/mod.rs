@@ -68,8 +68,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Server {
-    /// Listens on a new unix socket at `path`, which only the user of this process may connect to. A socket that
-    /// a dead server left there is replaced.
+    /// Listens on a new unix socket at `path`, which only the user of this process may connect to.
+    /// A socket that a dead server left there is replaced.
     ///
     /// # Errors
     /// [`BindError`], for instance when another server listens there.
@@ -103,13 +103,14 @@ impl Server {
         &self.path
     }
 
-    /// Offers `volume` as `name`, from the next handshake on. One of the same name is replaced, but not for clients that
-    /// have it.
+    /// Offers `volume` as `name`, from the next handshake on. One of the same name is replaced, but
+    /// not for clients that have it.
     pub fn export(&self, name: impl Into<String>, volume: Arc<Volume>) {
         lock(&self.shared.exports.volumes).insert(name.into(), volume);
     }
 
-    /// Takes an export away, disconnects its clients and returns when they are gone. False when there was none.
+    /// Takes an export away, disconnects its clients and returns when they are gone. False when
+    /// there was none.
     #[expect(clippy::must_use_candidate, reason = "most callers only want it gone")]
     pub fn unexport(&self, name: &str) -> bool {
         let removed = lock(&self.shared.exports.volumes).remove(name);
@@ -130,7 +131,8 @@ impl Server {
             .count()
     }
 
-    /// Stops listening, disconnects all clients, removes the socket, and returns when all threads have ended.
+    /// Stops listening, disconnects all clients, removes the socket, and returns when all threads
+    /// have ended.
     pub fn shutdown(mut self) {
         self.stop();
     }

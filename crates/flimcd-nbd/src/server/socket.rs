@@ -53,7 +53,8 @@ pub(super) fn bind(path: &Path) -> Result<UnixListener, BindError> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket =
             rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        // Linux gives the file the mode that the socket has, so there is no moment in which others may connect.
+        // Linux gives the file the mode that the socket has, so there is no moment in which others
+        // may connect.
         rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
         rustix::net::bind(&socket, &address)?;
         rustix::net::listen(&socket, BACKLOG)?;

@@ -94,5 +94,11 @@ pub(crate) fn run(tool: &str, args: &[&str]) -> String {
 }
 
 pub(crate) fn output(tool: &str, args: &[&str]) -> Output {
-    Command::new(tool).args(args).output().unwrap()
+    // Some tools leave files where they are.
+    let scratch = TempDir::new().unwrap();
+    Command::new(tool)
+        .args(args)
+        .current_dir(scratch.path())
+        .output()
+        .unwrap()
 }

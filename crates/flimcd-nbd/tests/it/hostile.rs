@@ -202,7 +202,8 @@ fn clients_may_leave_at_any_byte() {
     assert!(fixture.content() == pattern(1 << 20));
 }
 
-/// A client that only asks must not make the server hold its answers without bound, nor starve others.
+/// A client that only asks must not make the server hold its answers without bound, nor starve
+/// others.
 #[test]
 fn a_client_that_does_not_read_is_bounded() {
     let fixture = Fixture::new(&pattern(8 << 20));

@@ -201,7 +201,8 @@ fn several_connections_see_each_others_flushed_writes() {
                 for round in 0..50u8 {
                     let offset = (lane * 64 + u64::from(round)) * 4096;
                     writer.write(offset, &[round + 1; 4096], false).unwrap();
-                    // CAN_MULTI_CONN: a flush on one connection covers what another one was answered.
+                    // CAN_MULTI_CONN: a flush on one connection covers what another one was
+                    // answered.
                     reader.flush().unwrap();
                     let mut got = [0; 4096];
                     reader.read(offset, &mut got).unwrap();

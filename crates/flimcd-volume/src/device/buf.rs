@@ -133,8 +133,8 @@ impl fmt::Debug for IoBuf {
     }
 }
 
-/// Buffers kept for use again by one thread, by powers of two from 4 KiB. What it keeps is bounded by the bytes
-/// given at the start; a buffer that does not fit is freed.
+/// Buffers kept for use again by one thread, by powers of two from 4 KiB. What it keeps is bounded
+/// by the bytes given at the start; a buffer that does not fit is freed.
 #[derive(Debug)]
 pub struct BufPool {
     classes: [Vec<IoBuf>; CLASSES],

@@ -1,13 +1,15 @@
 //! Image locks that QEMU and its tools respect, and ours with them.
 //!
-//! QEMU (`block/file-posix.c`, "raw_apply_lock_bytes") says what it does with an image by shared OFD locks on single bytes
-//! of the file: byte 100 + n for a permission it uses, byte 200 + n for a permission it does not let others use. n is 0
-//! for consistent reads, 1 for writes, 2 for writes that change nothing, 3 for resizing. After taking its own, it looks
-//! whether somebody else holds a byte that contradicts. We do the same, as a disk that is used for reading and writing
-//! by one party: two agents on one image refuse each other by the same bytes.
+//! QEMU (`block/file-posix.c`, "raw_apply_lock_bytes") says what it does with an image by shared
+//! OFD locks on single bytes of the file: byte 100 + n for a permission it uses, byte 200 + n for a
+//! permission it does not let others use. n is 0 for consistent reads, 1 for writes, 2 for writes
+//! that change nothing, 3 for resizing. After taking its own, it looks whether somebody else holds
+//! a byte that contradicts. We do the same, as a disk that is used for reading and writing by one
+//! party: two agents on one image refuse each other by the same bytes.
 //!
-//! The locks live as long as the open file description, which can outlive a killed process by the moment that the kernel
-//! needs to end its I/O. So a conflict counts only when it lasts for a second.
+//! The locks live as long as the open file description, which can outlive a killed process by the
+//! moment that the kernel needs to end its I/O. So a conflict counts only when it lasts for a
+//! second.
 
 use std::{
     fs::File,
@@ -32,8 +34,8 @@ const RESIZE: Permission = (3, "resizing");
 pub enum LockError {
     /// Another process uses the image.
     #[error(
-        "{path} is in use by another process, which holds it open for {what}: stop that process (a running VM, qemu-img, \
-         another agent), or hand the VM over first; nothing was changed"
+        "{path} is in use by another process, which holds it open for {what}: stop that process \
+         (a running VM, qemu-img, another agent), or hand the VM over first; nothing was changed"
     )]
     InUse {
         /// The image.
@@ -54,11 +56,12 @@ pub enum LockError {
 /// How long a conflict may last before it is one.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Takes the locks of a user that reads, and writes unless `read_only`, and that wants nobody else to write or resize.
+/// Takes the locks of a user that reads, and writes unless `read_only`, and that wants nobody else
+/// to write or resize.
 ///
 /// # Errors
-/// [`LockError::InUse`] when somebody else's locks contradict, for longer than a process needs to die. What was
-/// locked is let go then.
+/// [`LockError::InUse`] when somebody else's locks contradict, for longer than a process needs to
+/// die. What was locked is let go then.
 pub fn lock_image(file: &File, path: &Path, read_only: bool) -> Result<(), LockError> {
     let begin = Instant::now();
     loop {
@@ -105,7 +108,8 @@ pub(super) fn try_lock(file: &File, path: &Path, read_only: bool) -> Result<(), 
     Ok(())
 }
 
-/// Gives back what [`lock_image`] took, without waiting for the last user of the open file description.
+/// Gives back what [`lock_image`] took, without waiting for the last user of the open file
+/// description.
 pub fn unlock_image(file: &File) {
     // It only fails for a descriptor that is none.
     let _ = set_lock(
@@ -132,7 +136,8 @@ fn one_byte(byte: i64, kind: i32) -> libc::flock {
 fn set_lock(file: &File, byte: i64, count: i64, kind: i32) -> io::Result<()> {
     let mut lock = one_byte(byte, kind);
     lock.l_len = count;
-    // SAFETY: the descriptor is open for as long as `file` is borrowed, and `lock` outlives the call.
+    // SAFETY: the descriptor is open for as long as `file` is borrowed, and `lock` outlives the
+    // call.
     let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
     if result == 0 {
         Ok(())

@@ -1,14 +1,14 @@
 //! Block devices under a volume: the traits, the file back end, image locks and fault layers.
 //!
-//! A [`BlockDevice`] is a plain array of bytes that keeps what is written to it. It knows nothing of
-//! owners, migrations or missing blocks: those rules are the volume's. Two ways lead into it:
+//! A [`BlockDevice`] is a plain array of bytes that keeps what is written to it. It knows nothing
+//! of owners, migrations or missing blocks: those rules are the volume's. Two ways lead into it:
 //! - the blocking calls of [`BlockDevice`], from any thread, for transfers and bookkeeping;
 //! - an [`IoQueue`] per thread for guest I/O, where many requests are in flight at once.
 //!
 //! Both may be used at the same time on the same device. Requests that overlap while in flight have
-//! no order: each byte ends as one of the writes left it, and a read sees, byte by byte, the old or the
-//! new content. A caller that needs order waits for the completion of the first. Bytes that no write in
-//! flight covers never change, whatever the alignment of the neighbours.
+//! no order: each byte ends as one of the writes left it, and a read sees, byte by byte, the old or
+//! the new content. A caller that needs order waits for the completion of the first. Bytes that no
+//! write in flight covers never change, whatever the alignment of the neighbours.
 
 mod buf;
 pub mod fault;
@@ -37,10 +37,10 @@ pub struct DataExtent {
 /// - Offsets and lengths are in bytes, of any alignment. A range that does not lie inside
 ///   [`size`](Self::size) is a caller's bug and answered with [`io::ErrorKind::InvalidInput`].
 /// - A completed write is seen by every read that starts afterwards, by any path into the device.
-/// - [`sync_data`](Self::sync_data) makes every write, zeroing and discard that *completed before the
-///   call* durable. Those in flight at the time may or may not be.
-/// - An error leaves the range's content unknown (old, new, or a mix), and everything else untouched.
-///   A full disk is reported as [`io::ErrorKind::StorageFull`].
+/// - [`sync_data`](Self::sync_data) makes every write, zeroing and discard that *completed before
+///   the call* durable. Those in flight at the time may or may not be.
+/// - An error leaves the range's content unknown (old, new, or a mix), and everything else
+///   untouched. A full disk is reported as [`io::ErrorKind::StorageFull`].
 pub trait BlockDevice: Send + Sync + 'static {
     /// Size in bytes. Never changes.
     fn size(&self) -> VolumeSize;
@@ -60,36 +60,42 @@ pub trait BlockDevice: Send + Sync + 'static {
     /// Makes what completed before the call durable.
     ///
     /// # Errors
-    /// What the medium reports. After an error nothing may be assumed durable since the last success.
+    /// What the medium reports. After an error nothing may be assumed durable since the last
+    /// success.
     fn sync_data(&self) -> io::Result<()>;
 
-    /// Makes `range` read as zero. With `punch` the device may give the space back, without it the space
-    /// stays, or becomes, allocated where the medium can do that.
+    /// Makes `range` read as zero. With `punch` the device may give the space back, without it the
+    /// space stays, or becomes, allocated where the medium can do that.
     ///
     /// # Errors
     /// What the medium reports.
     fn write_zeroes(&self, range: ByteRange, punch: bool) -> io::Result<()>;
 
-    /// Says that the content of `range` is not needed any more. It reads as before or as zero afterwards.
+    /// Says that the content of `range` is not needed any more. It reads as before or as zero
+    /// afterwards.
     ///
     /// # Errors
     /// What the medium reports; a medium that cannot discard succeeds and does nothing.
     fn discard(&self, range: ByteRange) -> io::Result<()>;
 
-    /// Where in `range` data and holes lie: contiguous extents in ascending order, the first starting at
-    /// `range.start`, neighbours of different kind, at most `max` of them. Fewer bytes than `range` are covered only
-    /// when there are `max` extents. A device that does not know says data. At least one extent for a range that is not empty.
+    /// Where in `range` data and holes lie: contiguous extents in ascending order, the first
+    /// starting at
+    /// `range.start`, neighbours of different kind, at most `max` of them. Fewer bytes than `range`
+    /// are covered only when there are `max` extents. A device that does not know says data. At
+    /// least one extent for a range that is not empty.
     ///
     /// # Errors
     /// What the medium reports.
     fn data_extents(&self, range: ByteRange, max: usize) -> io::Result<Vec<DataExtent>>;
 
-    /// Whether [`write_zeroes`](Self::write_zeroes) is much faster than writing that many zero bytes.
+    /// Whether [`write_zeroes`](Self::write_zeroes) is much faster than writing that many zero
+    /// bytes.
     fn zeroes_fast(&self) -> bool {
         false
     }
 
-    /// A queue for one thread with room for `depth` requests in flight; more may be pushed and wait.
+    /// A queue for one thread with room for `depth` requests in flight; more may be pushed and
+    /// wait.
     ///
     /// # Errors
     /// When the resources for it (a ring, a descriptor) cannot be had.
@@ -103,8 +109,8 @@ pub enum IoKind {
     Read,
     /// Writes `buf[..length]`.
     Write,
-    /// As [`BlockDevice::sync_data`]: covers what was handed out by [`IoQueue::completions`], or completed by any
-    /// other path, before this was pushed. Offset and length are ignored.
+    /// As [`BlockDevice::sync_data`]: covers what was handed out by [`IoQueue::completions`], or
+    /// completed by any other path, before this was pushed. Offset and length are ignored.
     Sync,
     /// As [`BlockDevice::write_zeroes`].
     WriteZeroes {
@@ -126,8 +132,8 @@ pub struct IoOp {
     pub offset: u64,
     /// Number of bytes.
     pub length: u64,
-    /// At least `length` bytes for reads and writes; [`IoBuf::empty`] is fine for the rest. After a read the bytes
-    /// beyond `length` are unspecified.
+    /// At least `length` bytes for reads and writes; [`IoBuf::empty`] is fine for the rest. After a
+    /// read the bytes beyond `length` are unspecified.
     pub buf: IoBuf,
 }
 
@@ -145,11 +151,12 @@ pub struct IoDone {
 /// Asynchronous I/O for one thread.
 ///
 /// # Contract
-/// [`push`](Self::push) any number of requests, then [`submit`](Self::submit) once. After every `submit`, call
-/// [`completions`](Self::completions) before waiting for [`poll_fd`](Self::poll_fd): some requests finish inside `submit`. After
-/// the descriptor became readable, call `submit` and `completions` again: `submit` also carries on what had to
-/// wait. Every pushed request completes exactly once, in any order, unless the queue is dropped. Dropping the queue
-/// waits for what is in flight; what it was is then done or not, and no completion is delivered.
+/// [`push`](Self::push) any number of requests, then [`submit`](Self::submit) once. After every
+/// `submit`, call [`completions`](Self::completions) before waiting for [`poll_fd`](Self::poll_fd):
+/// some requests finish inside `submit`. After the descriptor became readable, call `submit` and
+/// `completions` again: `submit` also carries on what had to wait. Every pushed request completes
+/// exactly once, in any order, unless the queue is dropped. Dropping the queue waits for what is in
+/// flight; what it was is then done or not, and no completion is delivered.
 pub trait IoQueue: Send {
     /// Takes a request; nothing happens to it before [`submit`](Self::submit).
     fn push(&mut self, op: IoOp);
@@ -160,8 +167,9 @@ pub trait IoQueue: Send {
     /// When the queue itself is broken, not when a request fails: the queue is then of no more use.
     fn submit(&mut self) -> io::Result<()>;
 
-    /// As [`submit`](Self::submit), for a caller that has nothing else to do: may do the I/O right here and wait for
-    /// it, which saves the way through the kernel's queues when only one request is wanted.
+    /// As [`submit`](Self::submit), for a caller that has nothing else to do: may do the I/O right
+    /// here and wait for it, which saves the way through the kernel's queues when only one request
+    /// is wanted.
     ///
     /// # Errors
     /// As [`submit`](Self::submit).
@@ -172,7 +180,8 @@ pub trait IoQueue: Send {
     /// Appends the requests that have ended to `out`. Never blocks.
     fn completions(&mut self, out: &mut Vec<IoDone>);
 
-    /// Readable when [`completions`](Self::completions) may have something; `None` when everything completes inside
+    /// Readable when [`completions`](Self::completions) may have something; `None` when everything
+    /// completes inside
     /// `submit`.
     fn poll_fd(&self) -> Option<BorrowedFd<'_>>;
 }

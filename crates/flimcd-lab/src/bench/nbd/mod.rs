@@ -1,9 +1,9 @@
 //! Block export side by side: our NBD server, `qemu-nbd` and `nbdkit file`, on the same image.
 //!
-//! One load client for all of them, one connection, fresh server processes that take turns. Every cell begins with
-//! the image's pages dropped from the cache, and a cell that writes ends with a flush inside the measured time, so
-//! that a server that only fills the page cache does not look fast. `nbdkit file` has no direct I/O: what it reads a second time
-//! comes from memory.
+//! One load client for all of them, one connection, fresh server processes that take turns. Every
+//! cell begins with the image's pages dropped from the cache, and a cell that writes ends with a
+//! flush inside the measured time, so that a server that only fills the page cache does not look
+//! fast. `nbdkit file` has no direct I/O: what it reads a second time comes from memory.
 
 mod load;
 mod servers;
@@ -31,7 +31,8 @@ pub use servers::{Class, serve};
 /// What to measure.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Where the image and the sockets are made, in a directory that is removed at the end. On the disk that matters.
+    /// Where the image and the sockets are made, in a directory that is removed at the end. On the
+    /// disk that matters.
     pub dir: PathBuf,
     /// Size of the image in bytes, rounded down to 1 MiB.
     pub size_bytes: u64,
@@ -41,8 +42,9 @@ pub struct Options {
     pub rounds: u32,
     /// Only cells whose name contains this.
     pub only: Option<String>,
-    /// Command that runs [`serve`] in a process of its own; image and socket are appended. Without it the server runs in this
-    /// process, which saves it some of the cost of a switch between processes, and the report says so.
+    /// Command that runs [`serve`] in a process of its own; image and socket are appended. Without
+    /// it the server runs in this process, which saves it some of the cost of a switch between
+    /// processes, and the report says so.
     pub serve_command: Option<Vec<String>>,
 }
 
@@ -128,7 +130,8 @@ pub struct Report {
 /// Measures everything. `progress` gets a line for people now and then.
 ///
 /// # Errors
-/// When the image cannot be made, or a server that is installed does not work. A peer that is not installed is named in the report.
+/// When the image cannot be made, or a server that is installed does not work. A peer that is not
+/// installed is named in the report.
 pub fn run(options: &Options, mut progress: impl FnMut(&str)) -> Result<Report, BenchError> {
     let scratch = Scratch::new(&options.dir)?;
     let size_bytes = options.size_bytes & !u64::from(REQUEST_BYTES_MAX - 1);

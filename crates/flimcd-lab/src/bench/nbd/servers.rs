@@ -25,8 +25,9 @@ const BUFFERED: &str = "FLIMCD_BENCH_BUFFERED";
 /// How long a server may take to listen.
 pub(super) const START_MAX: Duration = Duration::from_secs(10);
 
-/// Whether the page cache is avoided. Servers are compared within a class, because the page cache changes
-/// what is measured: it makes a write a copy to memory, and a second read of a block one from memory.
+/// Whether the page cache is avoided. Servers are compared within a class, because the page cache
+/// changes what is measured: it makes a write a copy to memory, and a second read of a block one
+/// from memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Class {
@@ -98,7 +99,8 @@ impl Kind {
         found.is_ok_and(|status| status.success())
     }
 
-    /// Starts it on `image` and waits until it listens on `socket`. `serve_command`: as in the options.
+    /// Starts it on `image` and waits until it listens on `socket`. `serve_command`: as in the
+    /// options.
     pub(super) fn start(
         self,
         image: &Path,
@@ -179,8 +181,9 @@ impl Kind {
     }
 }
 
-/// Serves `image` on `socket` until the standard input ends: the process that [`Options::serve_command`]
-/// starts. Through the page cache when `FLIMCD_BENCH_BUFFERED` is in the environment.
+/// Serves `image` on `socket` until the standard input ends: the process that
+/// [`Options::serve_command`] starts. Through the page cache when `FLIMCD_BENCH_BUFFERED` is in the
+/// environment.
 ///
 /// # Errors
 /// When the image or the socket cannot be used.

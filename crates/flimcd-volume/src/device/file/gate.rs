@@ -1,8 +1,9 @@
 //! Many aligned writes at a time, or one unaligned write alone.
 //!
-//! A readers-writer lock whose "readers" are aligned writes and whose "writers" are unaligned ones. It can be waited for in
-//! two ways: by blocking, for plain calls, and by asking again after a wake-up, for rings, which must go on reaping what
-//! is in flight. Unaligned writes go first, so that a busy guest cannot keep one waiting for ever.
+//! A readers-writer lock whose "readers" are aligned writes and whose "writers" are unaligned ones.
+//! It can be waited for in two ways: by blocking, for plain calls, and by asking again after a
+//! wake-up, for rings, which must go on reaping what is in flight. Unaligned writes go first, so
+//! that a busy guest cannot keep one waiting for ever.
 
 use std::{
     io,
@@ -92,8 +93,8 @@ impl Gate {
         ExclusivePass(self)
     }
 
-    /// Takes the right to write aligned, to be given back by [`leave_shared`](Self::leave_shared); or false, and `ring` is woken when
-    /// it is worth asking again.
+    /// Takes the right to write aligned, to be given back by [`leave_shared`](Self::leave_shared);
+    /// or false, and `ring` is woken when it is worth asking again.
     pub(super) fn try_enter_shared(&self, ring: &Arc<Waker>) -> bool {
         let mut state = self.lock();
         if state.is_shut() {
@@ -113,7 +114,8 @@ impl Gate {
         }
     }
 
-    /// Stands in line for the right to write unaligned: from now on no aligned write begins before it.
+    /// Stands in line for the right to write unaligned: from now on no aligned write begins before
+    /// it.
     pub(super) fn queue_exclusive(&self) {
         self.lock().exclusive_waiting += 1;
     }
@@ -125,7 +127,8 @@ impl Gate {
         self.wake_all(state);
     }
 
-    /// Takes the right for one who stands in line; or `None`, and `ring` is woken when it is worth asking again.
+    /// Takes the right for one who stands in line; or `None`, and `ring` is woken when it is worth
+    /// asking again.
     pub(super) fn try_exclusive(&self, ring: &Arc<Waker>) -> Option<ExclusivePass<'_>> {
         let mut state = self.lock();
         if state.exclusive || state.shared > 0 {

@@ -1,13 +1,14 @@
 //! A raw image file, or a block device node, as a [`BlockDevice`].
 //!
-//! Direct I/O goes around the page cache and asks for alignment. What is aligned goes straight to the disk. A read
-//! that is not is read in a wider aligned buffer. A write that is not, which includes the tail of an image whose
-//! size is no multiple of the disk's sector, goes through the page cache on a second descriptor, alone: [`gate::Gate`]
-//! keeps it apart from every aligned write of this device, because the kernel merges it in memory with sectors that a
-//! direct write may be replacing on the disk at that moment. Flush covers both, as it works on the file.
+//! Direct I/O goes around the page cache and asks for alignment. What is aligned goes straight to
+//! the disk. A read that is not is read in a wider aligned buffer. A write that is not, which
+//! includes the tail of an image whose size is no multiple of the disk's sector, goes through the
+//! page cache on a second descriptor, alone: [`gate::Gate`] keeps it apart from every aligned write
+//! of this device, because the kernel merges it in memory with sectors that a direct write may be
+//! replacing on the disk at that moment. Flush covers both, as it works on the file.
 //!
-//! Where the file system refuses direct I/O, or the kernel io_uring, the device falls back and says so:
-//! [`FileDevice::backend`].
+//! Where the file system refuses direct I/O, or the kernel io_uring, the device falls back and says
+//! so: [`FileDevice::backend`].
 
 mod gate;
 mod inline;
@@ -56,7 +57,8 @@ pub(crate) struct Shared {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        // All queues are gone and nothing is in flight, but a ring that the kernel is still taking down may keep the file.
+        // All queues are gone and nothing is in flight, but a ring that the kernel is still taking
+        // down may keep the file.
         if self.locked {
             lock::unlock_image(&self.main);
         }
@@ -162,8 +164,8 @@ impl Shared {
         Ok(())
     }
 
-    /// The aligned range around `length` bytes at `offset`. It may reach beyond the end of the file: the kernel then
-    /// reads less.
+    /// The aligned range around `length` bytes at `offset`. It may reach beyond the end of the
+    /// file: the kernel then reads less.
     fn widened(&self, offset: u64, length: usize) -> (u64, usize) {
         let start = offset - offset % self.align;
         let end = (offset + length as u64).next_multiple_of(self.align);
@@ -208,7 +210,8 @@ impl Shared {
         let zeroes = IoBuf::zeroed(BOUNCE_BYTES.min(usize_of(range.len())));
         let mut at = range.start;
         while at < range.end {
-            // The first write ends at a multiple of the buffer, so that those in the middle are aligned.
+            // The first write ends at a multiple of the buffer, so that those in the middle are
+            // aligned.
             let stop = (at + 1)
                 .next_multiple_of(BOUNCE_BYTES as u64)
                 .min(range.end);
@@ -263,7 +266,8 @@ impl Shared {
     }
 }
 
-/// Reads into `buf` until at least `needed` bytes are there; the file may end between there and the end of `buf`.
+/// Reads into `buf` until at least `needed` bytes are there; the file may end between there and the
+/// end of `buf`.
 fn read_at_least(file: &File, buf: &mut [u8], offset: u64, needed: usize) -> io::Result<()> {
     let mut done = 0;
     while done < needed {
@@ -287,8 +291,8 @@ fn zeroes_flags(punch: bool) -> FallocateFlags {
     how | FallocateFlags::KEEP_SIZE
 }
 
-/// What kernels answer for an operation that this kind of file does not have. EINVAL is what a block device says to a
-/// range that is no multiple of its sector.
+/// What kernels answer for an operation that this kind of file does not have. EINVAL is what a
+/// block device says to a range that is no multiple of its sector.
 fn is_unsupported(error: rustix::io::Errno) -> bool {
     use rustix::io::Errno;
     matches!(

@@ -1,8 +1,9 @@
 //! Opening an image: which descriptors, which alignment, which fallbacks, whose locks.
 //!
-//! The locks are on the descriptor that rings use. After a `kill -9` the kernel takes a ring down in its own time, and
-//! until then writes of the dead process may still reach the disk: as long as that is so, the ring keeps the descriptor,
-//! the descriptor the locks, and the locks keep a successor out.
+//! The locks are on the descriptor that rings use. After a `kill -9` the kernel takes a ring down
+//! in its own time, and until then writes of the dead process may still reach the disk: as long as
+//! that is so, the ring keeps the descriptor, the descriptor the locks, and the locks keep a
+//! successor out.
 
 use std::{
     fmt,
@@ -49,8 +50,8 @@ pub struct OpenOptions {
     pub io_uring: UringUse,
     /// Without the right to write.
     pub read_only: bool,
-    /// Whether to take the locks that QEMU's tools respect, and to respect theirs. Off only for an image that a running
-    /// QEMU hands over while it still has it open.
+    /// Whether to take the locks that QEMU's tools respect, and to respect theirs. Off only for an
+    /// image that a running QEMU hands over while it still has it open.
     pub lock: bool,
 }
 

@@ -200,7 +200,8 @@ fn unaligned_writes_do_not_undo_their_neighbours() {
     let dir = TempDir::new().unwrap();
     let path = image(&dir, &[0; BLOCKS * 4096]);
     let device = FileDevice::open(path, &OpenOptions::default()).unwrap();
-    // In each block, thread 0 owns the first half by sectors, threads 1 and 2 odd pieces of the rest.
+    // In each block, thread 0 owns the first half by sectors, threads 1 and 2 odd pieces of the
+    // rest.
     let pieces = [(0usize, 2048usize), (2048, 1003), (3051, 1045)];
     thread::scope(|scope| {
         for (thread, &(start, len)) in pieces.iter().enumerate() {

@@ -1,11 +1,13 @@
 //! The queue on io_uring.
 //!
-//! One ring per queue, used by one thread. What is in flight lives in `slots`: the kernel has pointers into those buffers, so
-//! a slot is only emptied after its completion arrived, and dropping the queue waits for all of them.
+//! One ring per queue, used by one thread. What is in flight lives in `slots`: the kernel has
+//! pointers into those buffers, so a slot is only emptied after its completion arrived, and
+//! dropping the queue waits for all of them.
 //!
-//! Unaligned requests on a direct device take other ways: a read goes through a wider buffer of its own, a write waits in
-//! `parked` until it is alone (see [`super::gate`]) and is then done here by a plain call into the page cache. Aligned writes
-//! that meet one of those wait in `parked` too.
+//! Unaligned requests on a direct device take other ways: a read goes through a wider buffer of its
+//! own, a write waits in
+//! `parked` until it is alone (see [`super::gate`]) and is then done here by a plain call into the
+//! page cache. Aligned writes that meet one of those wait in `parked` too.
 
 use std::{
     collections::VecDeque,
@@ -24,6 +26,8 @@ use crate::device::{IoBuf, IoDone, IoKind, IoOp, IoQueue, check_range};
 const DEPTH_MAX: u32 = 1024;
 /// The only registered file: the device's `main`.
 const MAIN: types::Fixed = types::Fixed(0);
+/// A copy from or into the page cache from this length on is left to a thread of the kernel's.
+const COPY_BYTES: u64 = 128 << 10;
 /// Completion of the read of the waker's eventfd.
 const WAKE_ID: u64 = u64::MAX;
 
@@ -69,8 +73,9 @@ pub(super) fn probe() -> io::Result<()> {
 }
 
 fn build(entries: u32) -> io::Result<IoUring> {
-    // Completions are then processed whenever this thread is in the kernel anyway, or in `poll` on the
-    // ring; no interrupt of the running thread. (IORING_SETUP_DEFER_TASKRUN would not wake that `poll`.)
+    // Completions are then processed whenever this thread is in the kernel anyway, or in `poll` on
+    // the ring; no interrupt of the running thread. (IORING_SETUP_DEFER_TASKRUN would not wake that
+    // `poll`.)
     let modern = IoUring::builder()
         .setup_coop_taskrun()
         .setup_taskrun_flag()
@@ -141,8 +146,8 @@ impl UringQueue {
                     });
                 }
             }
-            // Into the page cache: a copy, which the kernel would hand to a thread of its own.
-            IoKind::Write => self.done.push(self.shared.run(op)),
+            // Into the page cache: a copy, not worth a thread of the kernel's.
+            IoKind::Write if op.length < COPY_BYTES => self.done.push(self.shared.run(op)),
             _ => self.start_plain(op, false),
         }
     }
@@ -176,15 +181,21 @@ impl UringQueue {
                     .build()
             }
         };
-        self.start_entry(
-            entry,
-            Slot {
-                op,
-                bounce: None,
-                holds_gate,
-                expected,
-            },
-        );
+        // From or into the page cache: a copy that takes a while, better done beside this thread.
+        let moves_data = expected > 0;
+        let is_long_copy = self.shared.buffered.is_none() && moves_data && op.length >= COPY_BYTES;
+        let entry = if is_long_copy {
+            entry.flags(squeue::Flags::ASYNC)
+        } else {
+            entry
+        };
+        let slot = Slot {
+            op,
+            bounce: None,
+            holds_gate,
+            expected,
+        };
+        self.start_entry(entry, slot);
     }
 
     fn start_bounced_read(&mut self, op: IoOp) {
@@ -212,8 +223,8 @@ impl UringQueue {
         let index = self.free.pop().expect("a slot is free");
         self.slots[index] = Some(slot);
         let entry = entry.user_data(index as u64);
-        // SAFETY: the buffers that `entry` points to are in the slot, which is emptied only after the
-        // completion, and `Drop` waits for that.
+        // SAFETY: the buffers that `entry` points to are in the slot, which is emptied only after
+        // the completion, and `Drop` waits for that.
         unsafe { self.ring.submission().push(&entry) }.expect("the ring has an entry per slot");
     }
 
@@ -255,8 +266,10 @@ impl UringQueue {
     fn enter(&mut self, wait_for: u32) -> io::Result<()> {
         loop {
             let waiting = u32::try_from(self.ring.submission().len()).unwrap_or(u32::MAX);
-            let flags = 1; // IORING_ENTER_GETEVENTS: process completions even when not waiting for any.
-            // SAFETY: no signal mask is given, and the entries' memory is kept as `start_entry` says.
+            // IORING_ENTER_GETEVENTS: process completions even when not waiting for any.
+            let flags = 1;
+            // SAFETY: no signal mask is given, and the entries' memory is kept as `start_entry`
+            // says.
             let result = unsafe {
                 self.ring
                     .submitter()
@@ -394,7 +407,8 @@ impl IoQueue for UringQueue {
     }
 
     fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
-        // SAFETY: the ring keeps its descriptor open for as long as it lives, and the result borrows it.
+        // SAFETY: the ring keeps its descriptor open for as long as it lives, and the result
+        // borrows it.
         Some(unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) })
     }
 }
