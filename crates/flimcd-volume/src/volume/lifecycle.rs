@@ -6,6 +6,8 @@ use std::{
     os::unix::fs::{FileTypeExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicUsize},
+    thread,
+    time::{Duration, Instant},
 };
 
 use flimcd_core::{Epoch, MigrationId, VolumeId, VolumeName, VolumeSize};
@@ -17,7 +19,7 @@ use super::{
     target::{MissingFiles, SyncHealth},
 };
 use crate::{
-    device::{BlockDevice, FileDevice, OpenError, OpenOptions},
+    device::{BlockDevice, FileDevice, OpenError, OpenOptions, lock::LockError},
     rules::{Mode, Rules},
     state::{Ownership, StateDir, VolumeRecord, VolumesDir},
 };
@@ -163,7 +165,7 @@ impl Volume {
         options: &OpenOptions,
     ) -> Result<Arc<Self>, VolumeError> {
         let state = dir.open_volume(name)?;
-        let device = FileDevice::open(&state.record().image, options)?;
+        let device = open_image(&state.record().image, options)?;
         let backend = device.backend().to_string();
         Self::open_on(state, Arc::new(device), backend)
     }
@@ -314,6 +316,34 @@ impl Volume {
             .map_or(record.epoch, |e| e.max(record.epoch));
         record.ownership = ownership;
         Ok(state.store(record)?)
+    }
+}
+
+/// Opens the image of a volume whose directory is locked, so that no other agent has it.
+///
+/// Its locks may still be there for a while: the kernel takes down the rings of a killed process after the process is
+/// gone, and until then I/O that it began may still reach the image. So an image in use is waited for before that is
+/// believed.
+fn open_image(path: &Path, options: &OpenOptions) -> Result<FileDevice, OpenError> {
+    const PATIENCE: Duration = Duration::from_secs(30);
+    const STEP: Duration = Duration::from_millis(10);
+    let begin = Instant::now();
+    let mut is_said = false;
+    loop {
+        match FileDevice::open(path, options) {
+            Err(OpenError::Locked(LockError::InUse { .. })) if begin.elapsed() < PATIENCE => {
+                if !is_said {
+                    is_said = true;
+                    tracing::info!(
+                        image = %path.display(),
+                        "the image is in use, perhaps by what is left of an agent that was killed: waiting for up to {} s",
+                        PATIENCE.as_secs()
+                    );
+                }
+                thread::sleep(STEP);
+            }
+            result => return result,
+        }
     }
 }
 
