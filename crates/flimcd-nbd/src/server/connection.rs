@@ -45,8 +45,6 @@ const REQUEST_COST: usize = 512;
 const POOL_BYTES_MAX: usize = 8 << 20;
 /// Most extents in one block status answer.
 const EXTENTS_MAX: usize = 1024;
-/// What the socket holds of answers that the client has not taken.
-const SEND_BUFFER_BYTES: usize = 2 << 20;
 /// After requests overlapped: so many batches go through the queue before waiting in place is tried
 /// again.
 const OVERLAP_MEMORY: u32 = 64;
@@ -74,8 +72,6 @@ pub(super) fn serve(socket: &UnixStream, shared: &Shared, id: u64) -> Result<(),
         return Ok(());
     };
     let port = volume.guest_port().map_err(ConnectionError::Port)?;
-    // Content in a few large pieces instead of many small ones, as far as the system allows.
-    let _ = rustix::net::sockopt::set_socket_send_buffer_size(socket, SEND_BUFFER_BYTES);
     tracing::debug!(
         export = agreed.name,
         structured = agreed.structured,

@@ -140,7 +140,8 @@ impl Kind {
             ends_by_itself: self.is_own(),
         };
         let begin = Instant::now();
-        while Client::list_unix(socket).is_err() {
+        // It listens a moment before it has its export.
+        while Client::list_unix(socket).map_or(true, |names| names.is_empty()) {
             let ended = process
                 .child
                 .try_wait()

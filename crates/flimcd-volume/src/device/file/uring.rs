@@ -26,7 +26,7 @@ use crate::device::{IoBuf, IoDone, IoKind, IoOp, IoQueue, check_range};
 const DEPTH_MAX: u32 = 1024;
 /// The only registered file: the device's `main`.
 const MAIN: types::Fixed = types::Fixed(0);
-/// A copy from or into the page cache from this length on is left to a thread of the kernel's.
+/// A copy into the page cache from this length on is left to a thread of the kernel's.
 const COPY_BYTES: u64 = 128 << 10;
 /// Completion of the read of the waker's eventfd.
 const WAKE_ID: u64 = u64::MAX;
@@ -180,14 +180,6 @@ impl UringQueue {
                     .mode(mode)
                     .build()
             }
-        };
-        // From or into the page cache: a copy that takes a while, better done beside this thread.
-        let moves_data = expected > 0;
-        let is_long_copy = self.shared.buffered.is_none() && moves_data && op.length >= COPY_BYTES;
-        let entry = if is_long_copy {
-            entry.flags(squeue::Flags::ASYNC)
-        } else {
-            entry
         };
         let slot = Slot {
             op,
