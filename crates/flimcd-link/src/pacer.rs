@@ -24,7 +24,7 @@ use std::{
 };
 
 /// Share of the estimate that bulk may use while guests can fault.
-const CRUISE: f64 = 0.98;
+const CRUISE: f64 = 0.99;
 /// Pace of a probe, as a multiple of the estimate. What goes beyond the path's rate may queue up for
 /// as long as the probe takes: 3% for 500 ms are 15 ms.
 const PROBE: f64 = 1.03;
