@@ -161,6 +161,8 @@ fn freezing_drains_parks_and_thaws_or_refuses() {
         rules.is_dirty(blocks(1, 2)),
         "marked before the caller can submit it"
     );
+    rules.begin_send(blocks(1, 2));
+    assert!(rules.is_dirty(blocks(1, 2)), "in flight from here on");
     rules.freeze();
     assert!(
         !rules.is_drained(),
