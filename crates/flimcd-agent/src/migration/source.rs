@@ -348,6 +348,11 @@ impl SourceDriver {
             SourceEvent::ReadyForSwitchover => {
                 tracing::info!(migration = %self.base.record.id, "ready for the switchover");
                 self.sync_ahead();
+                // So that the hand-over finds no queue of bulk on its way. Pre-copy alone gains nothing by it,
+                // since it sends bulk while the guest stands.
+                if self.base.status.strategy != Some(api::Strategy::Precopy) {
+                    self.base.port.link().set_pacing(self.base.record.id, true);
+                }
             }
             SourceEvent::SwitchedOver => {
                 let stopped = self.stopped_at.take();

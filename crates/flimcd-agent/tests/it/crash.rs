@@ -211,7 +211,8 @@ async fn soak_once(seed: u64) -> String {
     target.end(true).await;
     guest.check_file(&world.target.image("vm"));
     format!(
-        "{strategy}, {kills} kills, {} requests",
-        guest.requests.load(Ordering::Relaxed)
+        "{strategy}, {kills} kills, {} requests, downtime {:?} ms",
+        guest.requests.load(Ordering::Relaxed),
+        at_source.downtime_ms
     )
 }
