@@ -157,6 +157,9 @@ pub struct IoDone {
 /// `completions` again: `submit` also carries on what had to wait. Every pushed request completes
 /// exactly once, in any order, unless the queue is dropped. Dropping the queue waits for what is in
 /// flight; what it was is then done or not, and no completion is delivered.
+///
+/// A thread with writes in flight on its queue must not call [`BlockDevice::write_at`] on the same device
+/// with a range that direct I/O cannot do: that call may wait for those very writes.
 pub trait IoQueue: Send {
     /// Takes a request; nothing happens to it before [`submit`](Self::submit).
     fn push(&mut self, op: IoOp);
