@@ -84,10 +84,11 @@ impl Agent {
             }
             return;
         }
-        let size = open.size.bytes();
+        let size = open.volumes[0].size.bytes();
         let peer = link.peer().clone();
-        let status = fresh_status(id, open.name.clone(), Role::Target, peer, size);
-        let record = MigrationRecord::new(Role::Target, open.volume, open.epoch, None, status);
+        let status = fresh_status(id, open.volumes[0].name.clone(), Role::Target, peer, size);
+        let record =
+            MigrationRecord::new(Role::Target, open.volumes[0].id, open.epoch, None, status);
         match self.take_in(link, &record, &open).await {
             Ok((hosted, begin)) => {
                 tracing::info!(
@@ -171,7 +172,7 @@ impl Agent {
         let allowed = self
             .config
             .peer(peer)
-            .is_some_and(|config| config.allows_sending(&open.name));
+            .is_some_and(|config| config.allows_sending(&open.volumes[0].name));
         if allowed {
             return Ok(());
         }
@@ -179,7 +180,7 @@ impl Agent {
             "site {site} does not take volume {name} from site {peer}; add it to may_send of peer {peer} in \
              the configuration of {site}",
             site = self.config.site,
-            name = open.name,
+            name = open.volumes[0].name,
         );
         Err(WireError::new(ErrorCode::NOT_ALLOWED, text))
     }
@@ -187,17 +188,17 @@ impl Agent {
     /// An older migration of the same volume from the same peer, which the peer has given up without our
     /// hearing of it, makes way.
     async fn supersede(&self, peer: &SiteName, open: &Open) -> Result<(), WireError> {
-        let Ok(hosted) = self.hosting.get(&open.name) else {
+        let Ok(hosted) = self.hosting.get(&open.volumes[0].name) else {
             return Ok(());
         };
-        let is_same = hosted.volume().id() == open.volume;
-        let Some((old, running)) = self.registry.running_on(&open.name) else {
+        let is_same = hosted.volume().id() == open.volumes[0].id;
+        let Some((old, running)) = self.registry.running_on(&open.volumes[0].name) else {
             return Ok(());
         };
         if !is_same || running.role != Role::Target || running.peer != *peer {
             return Ok(());
         }
-        tracing::info!(migration = %old, volume = %open.name, "makes way for a newer migration");
+        tracing::info!(migration = %old, volume = %open.volumes[0].name, "makes way for a newer migration");
         let (answer, answered) = tokio::sync::oneshot::channel();
         if running.commands.send(Command::Cancel(answer)).await.is_ok()
             && let Ok(Ok(())) = answered.await
@@ -244,6 +245,7 @@ pub(crate) fn target_config(id: MigrationId, hosted: &Hosted) -> TargetConfig {
     TargetConfig {
         migration: id,
         size: hosted.volume().size(),
+        waits_for_vm: false,
         incarnation: rand::random(),
     }
 }

@@ -3,7 +3,7 @@
 use flimcd_core::BlockSet;
 use flimcd_migrate::{SourceConfig, SourceMachine, SourceStart, policy::Policy};
 use flimcd_volume::{Ownership, Volume};
-use flimcd_wire::{Message, SourceStage};
+use flimcd_wire::{Message, SourceStage, VolumeOffer};
 use std::{io, sync::Arc};
 use tokio::sync::{mpsc, watch};
 
@@ -79,8 +79,12 @@ async fn run_source(
     link.handle().set_ceiling(ceiling.or(configured));
     let config = SourceConfig {
         migration: record.id,
-        volume: volume.id(),
-        name: record.volume.clone(),
+        volumes: vec![VolumeOffer {
+            id: volume.id(),
+            name: record.volume.clone(),
+            size: volume.size(),
+        }],
+        session: None,
         size: volume.size(),
         epoch: record.epoch,
         incarnation: rand::random(),

@@ -7,6 +7,7 @@
 mod block_set;
 mod heat;
 mod ids;
+mod layout;
 pub mod limits;
 mod seq;
 mod time;
@@ -15,6 +16,7 @@ mod units;
 pub use block_set::BlockSet;
 pub use heat::Heat;
 pub use ids::{Epoch, InvalidName, MigrationId, SiteName, VolumeId, VolumeName};
+pub use layout::VolumeLayout;
 pub use seq::{Seq, SeqSet};
 pub use time::Time;
 pub use units::{

@@ -14,3 +14,9 @@ pub const MAX_NAME_BYTES: usize = 64;
 pub const MAX_TEXT_BYTES: usize = 1024;
 /// Largest request on NBD: 32 MiB, as other servers have it.
 pub const MAX_NBD_REQUEST_BYTES: u32 = 32 << 20;
+/// Most volumes that move together.
+pub const MAX_VOLUMES_PER_MIGRATION: usize = 32;
+/// Longest description of a machine.
+pub const MAX_VM_DESCRIPTION_BYTES: usize = 64 * 1024;
+/// Longest packed part of a machine's running state.
+pub const MAX_VM_PART_BYTES: usize = 256 * 1024;

@@ -9,7 +9,7 @@ use flimcd_migrate::{
     policy,
 };
 use flimcd_volume::rules::{Mode, Rules};
-use flimcd_wire::{Class, Message, SourceStage};
+use flimcd_wire::{Class, Message, SourceStage, VolumeOffer};
 
 use crate::{
     flow::Persisting,
@@ -75,8 +75,12 @@ impl World {
     fn make_source(&mut self, start: SourceStart) {
         let config = SourceConfig {
             migration: MigrationId(1),
-            volume: VolumeId(2),
-            name: "vm".parse().expect("a name"),
+            volumes: vec![VolumeOffer {
+                id: VolumeId(2),
+                name: "vm".parse().expect("a name"),
+                size: self.plan.size,
+            }],
+            session: None,
             size: self.plan.size,
             epoch: EPOCH,
             incarnation: self.dice.next(),

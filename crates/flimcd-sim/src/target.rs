@@ -42,6 +42,7 @@ impl World {
         let config = TargetConfig {
             migration: MigrationId(1),
             size: self.plan.size,
+            waits_for_vm: false,
             incarnation: self.dice.next(),
         };
         self.trace(|| format!("target machine: {start:?}"));

@@ -60,7 +60,7 @@ pub enum DecodeError {
 pub struct Encoded {
     /// Header and message.
     pub head: Bytes,
-    /// Content of blocks, often empty.
+    /// Content of blocks or of streams, often empty.
     pub payload: Bytes,
 }
 
@@ -95,10 +95,7 @@ pub fn encode(body: &Body) -> Encoded {
             Bytes::new(),
         ),
         Body::Frame(frame) => {
-            let payload = match &frame.message {
-                Message::Blocks(blocks) => blocks.payload.clone(),
-                _ => Bytes::new(),
-            };
+            let payload = frame.message.payload();
             let head = postcard::to_extend(&frame.message, head);
             (
                 KIND_MIGRATION,
@@ -197,9 +194,7 @@ fn decode_message(body: &Bytes) -> Result<Message, DecodeError> {
     let (mut message, rest) = postcard::take_from_bytes::<Message>(body)
         .map_err(|_| DecodeError::Malformed("not a message of this version"))?;
     let rest = body.slice(body.len() - rest.len()..);
-    if let Message::Blocks(blocks) = &mut message {
-        blocks.payload = rest;
-    } else if !rest.is_empty() {
+    if !message.set_payload(rest) {
         return Err(DecodeError::Malformed("bytes after the message"));
     }
     message.validate()?;
@@ -209,7 +204,7 @@ fn decode_message(body: &Bytes) -> Result<Message, DecodeError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Blocks, Content, Entry, ErrorCode, Runs, WireError};
+    use crate::{Blocks, Content, Entry, ErrorCode, Runs, VmMessage, WireError};
     use flimcd_core::{BlockRange, Seq};
 
     fn frame(message: Message) -> Body {
@@ -233,6 +228,15 @@ mod tests {
             range: BlockRange::new(start, end),
             content,
         }
+    }
+
+    fn part(payload: &'static [u8]) -> Message {
+        Message::Vm(VmMessage::Part {
+            attempt: 1,
+            stream: 0,
+            seq: 5,
+            payload: Bytes::from_static(payload),
+        })
     }
 
     fn decode_all(bytes: &[u8]) -> Result<Vec<Body>, DecodeError> {
@@ -266,6 +270,11 @@ mod tests {
                 ErrorCode::DISK,
                 "ä".repeat(600),
             ))),
+            frame(Message::Peeked {
+                number: 3,
+                payload: Bytes::from_static(b"boot"),
+            }),
+            frame(part(b"pages")),
         ];
         let mut bytes = Vec::new();
         for body in &sent {
@@ -284,6 +293,12 @@ mod tests {
             assert!(matches!(decode_all(&bytes), Err(DecodeError::Malformed(_))));
         };
         check(Message::Invalid);
+        check(Message::Vm(VmMessage::Invalid));
+        check(part(b""));
+        check(Message::Peek {
+            number: 1,
+            range: BlockRange::new(0, 257),
+        });
         check(blocks(vec![entry(0, 1, Content::Invalid)], b""));
         check(blocks(vec![entry(3, 3, Content::Zero)], b""));
         check(blocks(

@@ -15,7 +15,7 @@
 //!      5    1  class: 1 fault, 2 control, 3 RAM, 4 prefetch, 5 bulk
 //!      6    2  zero
 //!      8    8  migration id (zero for kind 1)
-//!     16    n  body: a postcard value, then for Blocks the payload up to the end
+//!     16    n  body: a postcard value, then what the message carries, up to the end
 //! ```
 //! All numbers are little-endian. Zero is invalid in every enum, so that a zeroed or shifted buffer
 //! is refused instead of understood. Decoders take memory only for bytes that have arrived, and
@@ -26,6 +26,7 @@ mod frame;
 mod hello;
 mod message;
 mod set;
+mod vm;
 
 pub use frame::{Body, DecodeError, Encoded, Frame, FrameDecoder, LinkMessage, encode};
 pub use hello::{
@@ -34,6 +35,7 @@ pub use hello::{
 };
 pub use message::{
     Accept, Blocks, Class, Content, Entry, ErrorCode, Message, Open, SourceStage, TargetReport,
-    TargetStage, WireError,
+    TargetStage, VolumeOffer, WireError,
 };
 pub use set::{Runs, SeqRuns, SetPart, split_set};
+pub use vm::{VmMessage, VmOpen, VmStage};

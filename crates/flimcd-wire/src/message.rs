@@ -4,10 +4,10 @@
 //! there is no order. Each message states what it may meet.
 
 use bytes::Bytes;
-use flimcd_core::{BlockRange, Epoch, Seq, VolumeId, VolumeName, VolumeSize, limits};
+use flimcd_core::{BlockRange, Epoch, MigrationId, Seq, VolumeId, VolumeName, VolumeSize, limits};
 use serde::{Deserialize, Serialize};
 
-use crate::{DecodeError, Runs, SeqRuns, SetPart};
+use crate::{DecodeError, Runs, SeqRuns, SetPart, VmMessage};
 
 /// Priority of a message on the link, most urgent first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -83,6 +83,15 @@ pub enum Message {
     Cancel,
     /// Answer to `Complete`: the source keeps nothing that the target needs.
     Finished,
+    /// Answer to `Peek`: the bytes as they were at some moment after the question; none if they could not be
+    /// read.
+    Peeked {
+        /// Number of the question.
+        number: u64,
+        /// The blocks' bytes.
+        #[serde(skip)]
+        payload: Bytes,
+    },
 
     // Target to source.
     /// Answer to `Open`.
@@ -121,22 +130,31 @@ pub enum Message {
     Complete,
     /// How the guest at the target fares.
     Report(TargetReport),
+    /// Something at the target reads before the switch, and is content with what stands there now. The
+    /// answer changes nothing on either side.
+    Peek {
+        /// Number of the question.
+        number: u64,
+        /// At most [`limits::MAX_BLOCKS_PER_MESSAGE`] blocks.
+        range: BlockRange,
+    },
 
     // Both ways.
     /// The migration cannot go on here; before the switch only.
     Failed(WireError),
+    /// Of a running machine; the frame's number is then that of a session, see [`VmMessage`].
+    Vm(VmMessage),
 }
 
 /// See [`Message::Open`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Open {
-    /// Identity of the volume.
-    pub volume: VolumeId,
-    /// Its name, the same on both sides.
-    pub name: VolumeName,
-    /// Its size in bytes.
-    pub size: VolumeSize,
-    /// The source's epoch when the migration began.
+    /// The volumes that move together, in the order of the migration's [`flimcd_core::VolumeLayout`].
+    pub volumes: Vec<VolumeOffer>,
+    /// The session of the machine that they belong to. With one, the target takes them over only when the
+    /// machine is ready to run there.
+    pub session: Option<MigrationId>,
+    /// The source's epoch when the migration began: the highest of the volumes'.
     pub epoch: Epoch,
     /// Random number of this run of the source machine; sequence numbers belong to it.
     pub incarnation: u64,
@@ -144,6 +162,17 @@ pub struct Open {
     pub oldest_unacked: Seq,
     /// Where the source stands.
     pub stage: SourceStage,
+}
+
+/// One of the volumes that a migration moves.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeOffer {
+    /// Its identity.
+    pub id: VolumeId,
+    /// Its name, the same on both sides.
+    pub name: VolumeName,
+    /// Its size in bytes.
+    pub size: VolumeSize,
 }
 
 /// Where a source stands, as its durable record says.
@@ -297,15 +326,43 @@ impl ErrorCode {
 }
 
 impl Message {
+    /// What follows the message in its frame.
+    pub(crate) fn payload(&self) -> Bytes {
+        match self {
+            Self::Blocks(blocks) => blocks.payload.clone(),
+            Self::Peeked { payload, .. } => payload.clone(),
+            Self::Vm(message) => message.payload(),
+            _ => Bytes::new(),
+        }
+    }
+
+    /// Takes what followed the message; false if nothing may.
+    pub(crate) fn set_payload(&mut self, rest: Bytes) -> bool {
+        match self {
+            Self::Blocks(blocks) => blocks.payload = rest,
+            Self::Peeked { payload, .. } => *payload = rest,
+            Self::Vm(message) => return message.set_payload(rest),
+            _ => return rest.is_empty(),
+        }
+        true
+    }
+
     /// Checks everything that can be checked without knowing the volume.
     pub(crate) fn validate(&self) -> Result<(), DecodeError> {
         let sound = match self {
             Self::Invalid => false,
-            Self::Open(open) => open.stage != SourceStage::Invalid,
+            Self::Open(open) => {
+                open.stage != SourceStage::Invalid
+                    && (1..=limits::MAX_VOLUMES_PER_MIGRATION).contains(&open.volumes.len())
+            }
             Self::Accept(accept) => accept.stage != TargetStage::Invalid,
             Self::Blocks(blocks) => return blocks.validate(),
             Self::MissingPart { set, .. } => set.is_sound(),
             Self::Failed(error) => error.text.len() <= limits::MAX_TEXT_BYTES,
+            Self::Peek { range, .. } => {
+                range.start < range.end && range.end - range.start <= limits::MAX_BLOCKS_PER_MESSAGE
+            }
+            Self::Vm(message) => return message.validate(),
             _ => true,
         };
         if sound {

@@ -19,14 +19,14 @@ impl Hosting {
     pub(crate) fn check_arrival(&self, open: &Open, config: &Config) -> Result<(), WireError> {
         let site = &config.site;
         let exists = |text: String| Err(WireError::new(ErrorCode::VOLUME_EXISTS, text));
-        if let Some(same) = self.by_id(open.volume) {
+        if let Some(same) = self.by_id(open.volumes[0].id) {
             let record = same.record();
             let name = same.name();
-            if record.size != open.size {
+            if record.size != open.volumes[0].size {
                 let text = format!(
                     "site {site} has this volume as {name} with {} bytes, but {} are to come; remove it there",
                     record.size.bytes(),
-                    open.size.bytes()
+                    open.volumes[0].size.bytes()
                 );
                 return Err(WireError::new(ErrorCode::SIZE, text));
             }
@@ -38,20 +38,20 @@ impl Hosting {
                 state => format!("site {site} has this volume already, as {name} ({state})"),
             });
         }
-        if self.slots().contains_key(&open.name) {
+        if self.slots().contains_key(&open.volumes[0].name) {
             return exists(format!(
                 "site {site} has another volume called {}; rename or remove one of the two",
-                open.name
+                open.volumes[0].name
             ));
         }
-        let image = self.image_path(&open.name);
+        let image = self.image_path(&open.volumes[0].name);
         if fs::symlink_metadata(&image).is_ok() {
             return exists(format!(
                 "at site {site} there is a file {} where the image would be; move it away",
                 image.display()
             ));
         }
-        self.check_room(open.size, config)
+        self.check_room(open.volumes[0].size, config)
     }
 
     fn check_room(&self, size: VolumeSize, config: &Config) -> Result<(), WireError> {
@@ -114,19 +114,19 @@ impl Hosting {
     ) -> Result<Arc<Hosted>, WireError> {
         let failed =
             |error: ErrorBody| WireError::new(ErrorCode::OTHER, format!("at the target: {error}"));
-        let reservation = self.reserve(&open.name).map_err(failed)?;
+        let reservation = self.reserve(&open.volumes[0].name).map_err(failed)?;
         let new = NewVolume {
-            id: open.volume,
-            name: open.name.clone(),
+            id: open.volumes[0].id,
+            name: open.volumes[0].name.clone(),
             tenant: DEFAULT_TENANT.to_owned(),
-            image: self.image_path(&open.name),
+            image: self.image_path(&open.volumes[0].name),
             epoch: open.epoch,
             ownership: Ownership::Incoming {
                 migration,
                 peer: peer.clone(),
             },
         };
-        let volume = Volume::create(&self.volumes, new, open.size, &self.options)
+        let volume = Volume::create(&self.volumes, new, open.volumes[0].size, &self.options)
             .map_err(|error| failed(cannot_make(&error)))?;
         self.put(reservation, &volume, true).map_err(failed)
     }

@@ -221,9 +221,8 @@ impl SourceMachine {
             self.control.push_back(Message::Cancel);
         } else if self.phase != SourcePhase::Returning {
             self.control.push_back(Message::Open(Open {
-                volume: self.config.volume,
-                name: self.config.name.clone(),
-                size: self.config.size,
+                volumes: self.config.volumes.clone(),
+                session: self.config.session,
                 epoch: self.config.epoch,
                 incarnation: self.config.incarnation,
                 oldest_unacked: self.flights.oldest_unacked(),

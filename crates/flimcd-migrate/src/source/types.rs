@@ -1,20 +1,18 @@
 //! What goes into a source machine and what comes out of it.
 
-use flimcd_core::{
-    BlockRange, BlockSet, Epoch, MigrationId, Seq, VolumeId, VolumeName, VolumeSize,
-};
-use flimcd_wire::{SourceStage, TargetReport, WireError};
+use flimcd_core::{BlockRange, BlockSet, Epoch, MigrationId, Seq, VolumeSize};
+use flimcd_wire::{SourceStage, TargetReport, VolumeOffer, WireError};
 
 /// What a migration is about.
 pub struct SourceConfig {
     /// Its number.
     pub migration: MigrationId,
-    /// Identity of the volume.
-    pub volume: VolumeId,
-    /// Name of the volume.
-    pub name: VolumeName,
-    /// Size of the volume.
+    /// The volumes that move together.
+    pub volumes: Vec<VolumeOffer>,
+    /// Size of their layout ([`flimcd_core::VolumeLayout::size`]); of the volume, if there is one.
     pub size: VolumeSize,
+    /// The session of the machine that they belong to, if they move with one.
+    pub session: Option<MigrationId>,
     /// The source's epoch when the migration began.
     pub epoch: Epoch,
     /// Random number of this run.

@@ -21,7 +21,7 @@ mod types;
 
 use std::{collections::VecDeque, time::Duration};
 
-use flimcd_core::{BlockRange, BlockSet, Epoch, SeqSet, Time, limits};
+use flimcd_core::{BlockRange, BlockSet, Epoch, SeqSet, Time, VolumeLayout, limits};
 use flimcd_wire::{
     Accept, Blocks, Class, ErrorCode, Message, Open, Runs, SeqRuns, SourceStage, TargetReport,
     TargetStage, WireError,
@@ -62,6 +62,7 @@ pub struct TargetMachine {
     /// Content that came while the volume was being taken over.
     held: Vec<Blocks>,
     offer: Option<Offer>,
+    vm_is_ready: bool,
     /// The source was restarted; it is answered when nothing of its last run is being written.
     waiting_open: Option<Open>,
     /// Faults that were sent to the source and whose blocks are not here.
@@ -92,6 +93,7 @@ impl TargetMachine {
             arrivals: Arrivals::default(),
             held: Vec::new(),
             offer: None,
+            vm_is_ready: false,
             waiting_open: None,
             demanded: BlockSet::new(config.size.blocks()),
             demands: VecDeque::new(),
@@ -247,6 +249,14 @@ impl TargetMachine {
             (_, Err(error)) => self.fail_disk("sync", &error),
             (None, Ok(())) => {}
         }
+        self.advance(now);
+    }
+
+    /// Whether the machine that the volume belongs to has its running state and could go on here. Matters with
+    /// [`TargetConfig::waits_for_vm`] only, and only until the volume is owned: an offer waits for it, and
+    /// may be taken back while it does.
+    pub fn handle_vm_ready(&mut self, now: Time, is_ready: bool) {
+        self.vm_is_ready = is_ready;
         self.advance(now);
     }
 
@@ -446,6 +456,7 @@ impl TargetMachine {
         }
         if self.phase == TargetPhase::Switching
             && self.arrivals.is_idle()
+            && (self.vm_is_ready || !self.config.waits_for_vm)
             && let Some(offer) = self.offer.take_if(|offer| offer.whole)
         {
             let missing = offer.missing;
@@ -522,7 +533,8 @@ impl TargetMachine {
             }
             return self.control.push_back(Message::Failed(error));
         }
-        if open.size != self.config.size {
+        let layout = VolumeLayout::new(open.volumes.iter().map(|volume| volume.size));
+        if layout.map(|layout| layout.size()) != Ok(self.config.size) {
             return self.protocol_error("the size of the volume has changed");
         }
         if self.arrivals.must_wait_for(open.incarnation) {

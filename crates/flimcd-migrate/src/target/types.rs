@@ -8,8 +8,11 @@ use flimcd_wire::{Blocks, TargetStage, WireError};
 pub struct TargetConfig {
     /// Its number.
     pub migration: MigrationId,
-    /// Size of the volume.
+    /// Size of the volume, or of the layout of all that move together.
     pub size: VolumeSize,
+    /// Take the volume over only while the machine that it belongs to is ready to run here, as
+    /// [`TargetMachine::handle_vm_ready`](crate::TargetMachine::handle_vm_ready) says.
+    pub waits_for_vm: bool,
     /// Random number of this run.
     pub incarnation: u64,
 }

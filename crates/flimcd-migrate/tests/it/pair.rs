@@ -16,7 +16,9 @@ use flimcd_migrate::{
     SourceRecord, SourceStart, Switchover, TargetAction, TargetConfig, TargetEvent, TargetMachine,
     TargetPhase, TargetStart, policy,
 };
-use flimcd_wire::{Blocks, Class, Content, Entry, Message, SourceStage, TargetStage};
+use flimcd_wire::{
+    Blocks, Class, Content, Entry, Message, SourceStage, TargetStage, VolumeOffer,
+};
 
 /// Blocks of the volume.
 pub(crate) const BLOCKS: u64 = 64;
@@ -78,8 +80,12 @@ fn size() -> VolumeSize {
 fn source(strategy: &str, incarnation: u64, start: SourceStart, now: Time) -> SourceMachine {
     let config = SourceConfig {
         migration: MigrationId(1),
-        volume: VolumeId(1),
-        name: "vm".parse().unwrap(),
+        volumes: vec![VolumeOffer {
+            id: VolumeId(1),
+            name: "vm".parse().unwrap(),
+            size: size(),
+        }],
+        session: None,
         size: size(),
         epoch: Epoch(1),
         incarnation,
@@ -99,6 +105,7 @@ fn target(incarnation: u64, start: TargetStart, now: Time) -> TargetMachine {
     let config = TargetConfig {
         migration: MigrationId(1),
         size: size(),
+        waits_for_vm: false,
         incarnation,
     };
     TargetMachine::new(config, start, now)
