@@ -6,6 +6,7 @@
 //! - [`trace`]: recorded disk traces as loads.
 //! - [`mod@bench`]: benchmarks that compare side by side.
 //! - [`report`]: figures for people and scripts.
+//! - [`vm`]: real guests in QEMU.
 
 pub mod bench;
 mod content;
@@ -14,4 +15,5 @@ pub mod load;
 pub mod report;
 mod rng;
 pub mod trace;
+pub mod vm;
 pub mod wan;

@@ -1,5 +1,6 @@
 //! Integration tests of the lab: relay over loopback, namespaces, loads, traces.
 
+mod guest;
 mod load;
 mod nbd;
 mod relay;
