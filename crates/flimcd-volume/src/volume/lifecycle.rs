@@ -109,22 +109,34 @@ impl Volume {
         new: NewVolume,
         options: &OpenOptions,
     ) -> Result<Arc<Self>, VolumeError> {
-        if dir.contains(&new.name) {
-            return Err(crate::state::StateError::Exists(new.name).into());
-        }
-        let failed = |source| VolumeError::ImagePath {
+        let path = image_to_import(dir, &new)?;
+        let format = format_of(&path).map_err(|source| VolumeError::ImagePath {
             path: new.image.clone(),
             source,
-        };
-        let path = fs::canonicalize(&new.image).map_err(failed)?;
-        let kind = fs::metadata(&path).map_err(failed)?.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(OpenError::NotAnImage { path }.into());
-        }
-        if let Some(format) = format_of(&path).map_err(failed)? {
+        })?;
+        if let Some(format) = format {
             return Err(VolumeError::NotRaw { path, format });
         }
         Self::adopt(dir, new, path, true, options)
+    }
+
+    /// Makes a volume of an image that a hypervisor has open and is about to hand over. The image is not locked: see
+    /// [`take_image_locks`](Self::take_image_locks) for when it has let go. Its format is the hypervisor's affair: the
+    /// volume is the bytes of the file. A format that grows its file has to find it long enough, since a volume never grows.
+    ///
+    /// # Errors
+    /// As [`import`](Self::import), but for formats and locks.
+    pub fn import_in_use(
+        dir: &VolumesDir,
+        new: NewVolume,
+        options: &OpenOptions,
+    ) -> Result<Arc<Self>, VolumeError> {
+        let path = image_to_import(dir, &new)?;
+        let options = OpenOptions {
+            lock: false,
+            ..*options
+        };
+        Self::adopt(dir, new, path, true, &options)
     }
 
     fn adopt(
@@ -149,9 +161,7 @@ impl Volume {
             image,
             imported,
         };
-        let state = dir.create(record)?;
-        let backend = device.backend().to_string();
-        Self::assemble(state, Arc::new(device), backend)
+        Self::assemble_on_image(dir.create(record)?, device)
     }
 
     /// Opens a volume, as its record says: an owner serves, a prepared one is frozen, and so on. Where a migration had begun,
@@ -166,8 +176,8 @@ impl Volume {
     ) -> Result<Arc<Self>, VolumeError> {
         let state = dir.open_volume(name)?;
         let device = open_image(&state.record().image, options)?;
-        let backend = device.backend().to_string();
-        Self::open_on(state, Arc::new(device), backend)
+        check_size(state.record(), device.size())?;
+        Self::assemble_on_image(state, device)
     }
 
     /// As [`open`](Self::open), on a device that the caller made, for instance one that fails on purpose. `backend` names it.
@@ -179,21 +189,19 @@ impl Volume {
         device: Arc<dyn BlockDevice>,
         backend: String,
     ) -> Result<Arc<Self>, VolumeError> {
-        let record = state.record();
-        if record.size != device.size() {
-            return Err(VolumeError::SizeChanged {
-                name: record.name.clone(),
-                path: record.image.clone(),
-                recorded: record.size,
-                found: device.size(),
-            });
-        }
-        Self::assemble(state, device, backend)
+        check_size(state.record(), device.size())?;
+        Self::assemble(state, device, None, backend)
+    }
+
+    fn assemble_on_image(state: StateDir, image: FileDevice) -> Result<Arc<Self>, VolumeError> {
+        let backend = image.backend().to_string();
+        Self::assemble(state, Arc::new(image.clone()), Some(image), backend)
     }
 
     fn assemble(
         state: StateDir,
         device: Arc<dyn BlockDevice>,
+        image: Option<FileDevice>,
         backend: String,
     ) -> Result<Arc<Self>, VolumeError> {
         let record = state.record();
@@ -226,6 +234,7 @@ impl Volume {
             name,
             backend,
             device,
+            image,
             core: SharedCore::new(rules),
             ports: AtomicUsize::new(0),
             syncs: SyncHealth::default(),
@@ -317,6 +326,35 @@ impl Volume {
         record.ownership = ownership;
         Ok(state.store(record)?)
     }
+}
+
+/// The path of an image that exists and can be one.
+fn image_to_import(dir: &VolumesDir, new: &NewVolume) -> Result<PathBuf, VolumeError> {
+    if dir.contains(&new.name) {
+        return Err(crate::state::StateError::Exists(new.name.clone()).into());
+    }
+    let failed = |source| VolumeError::ImagePath {
+        path: new.image.clone(),
+        source,
+    };
+    let path = fs::canonicalize(&new.image).map_err(failed)?;
+    let kind = fs::metadata(&path).map_err(failed)?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(OpenError::NotAnImage { path }.into());
+    }
+    Ok(path)
+}
+
+fn check_size(record: &VolumeRecord, found: VolumeSize) -> Result<(), VolumeError> {
+    if record.size == found {
+        return Ok(());
+    }
+    Err(VolumeError::SizeChanged {
+        name: record.name.clone(),
+        path: record.image.clone(),
+        recorded: record.size,
+        found,
+    })
 }
 
 /// Opens the image of a volume whose directory is locked, so that no other agent has it.

@@ -32,7 +32,7 @@ pub use self::{
     target::{Applied, ApplyData},
 };
 use crate::{
-    device::{BlockDevice, DataExtent},
+    device::{BlockDevice, DataExtent, FileDevice, lock::LockError},
     port::GuestPort,
     rules::{GuestStats, Mode, Rules},
 };
@@ -41,6 +41,8 @@ use crate::{
 pub struct Volume {
     name: VolumeName,
     device: Arc<dyn BlockDevice>,
+    /// The same device, where it is an image file of ours.
+    image: Option<FileDevice>,
     core: SharedCore,
     ports: AtomicUsize,
     syncs: target::SyncHealth,
@@ -59,6 +61,7 @@ impl Volume {
         Arc::new(Self {
             name,
             device,
+            image: None,
             core: SharedCore::new(rules),
             ports: AtomicUsize::new(0),
             syncs: target::SyncHealth::default(),
@@ -102,6 +105,28 @@ impl Volume {
     #[must_use]
     pub fn backend(&self) -> &str {
         &self.backend
+    }
+
+    /// Takes the locks on the image that QEMU and its tools respect, for a volume that was opened without. Blocks for up to
+    /// a second. Nothing happens where they are held already, or where the device is no image file.
+    ///
+    /// # Errors
+    /// When somebody else uses the image.
+    pub fn take_image_locks(&self) -> Result<(), LockError> {
+        self.image.as_ref().map_or(Ok(()), FileDevice::take_locks)
+    }
+
+    /// Gives the image's locks up, so that a hypervisor can open the image while it is still served here.
+    pub fn give_up_image_locks(&self) {
+        if let Some(image) = &self.image {
+            image.give_up_locks();
+        }
+    }
+
+    /// Whether the image's locks are held.
+    #[must_use]
+    pub fn has_image_locks(&self) -> bool {
+        self.image.as_ref().is_some_and(FileDevice::has_locks)
     }
 
     /// A guest connection's access.

@@ -226,8 +226,7 @@ impl Volume {
         Ok(())
     }
 
-    /// Takes the volume over: makes durable what arrived, then `missing`, then the record with `ownership`, which must be
-    /// [`Ownership::Arriving`]; then the guest runs here.
+    /// Takes the volume over: [`record_arrival`](Self::record_arrival), then the guest runs here.
     ///
     /// # Errors
     /// When the disk fails. The record does not say that this site owns the volume then.
@@ -235,6 +234,18 @@ impl Volume {
     /// # Panics
     /// As [`Rules::start_postcopy`](crate::rules::Rules::start_postcopy).
     pub fn take_over(&self, missing: BlockSet, ownership: Ownership) -> io::Result<()> {
+        self.record_arrival(&missing, ownership)?;
+        self.start_postcopy(missing);
+        Ok(())
+    }
+
+    /// The durable half of taking the volume over: what arrived, then `missing`, then the record with `ownership`, which
+    /// must be [`Ownership::Arriving`]. No guest is let in before [`start_postcopy`](Self::start_postcopy), so that volumes that
+    /// move together are let in together; until then [`take_arrival_back`](Self::take_arrival_back) undoes it.
+    ///
+    /// # Errors
+    /// When the disk fails. The record does not say that this site owns the volume then.
+    pub fn record_arrival(&self, missing: &BlockSet, ownership: Ownership) -> io::Result<()> {
         let Ownership::Arriving { epoch, .. } = ownership else {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
@@ -243,16 +254,34 @@ impl Volume {
         };
         self.sync()?;
         if let Some(durable) = &self.durable {
-            let files = MissingFiles::create(&durable.state(), epoch, &missing)?;
+            let files = MissingFiles::create(&durable.state(), epoch, missing)?;
             *durable.missing() = Some(files);
         }
+        self.store_ownership(ownership)
+    }
+
+    /// Undoes [`record_arrival`](Self::record_arrival): the record says `ownership`, which must be [`Ownership::Incoming`], and the
+    /// missing set is gone. Nothing to do is fine.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::InvalidInput`] once guests were let in, or when the disk fails.
+    pub fn take_arrival_back(&self, ownership: Ownership) -> io::Result<()> {
+        if !matches!(ownership, Ownership::Incoming { .. }) || self.mode() != Mode::Incoming {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "only an arrival that no guest has seen can be taken back",
+            ));
+        }
         self.store_ownership(ownership)?;
-        self.start_postcopy(missing);
+        if let Some(durable) = &self.durable {
+            *durable.missing() = None;
+            durable.state().remove_missing()?;
+        }
         Ok(())
     }
 
-    /// The switch without a record, for volumes without durable state: the guest runs here from now on, without the
-    /// content of `missing`.
+    /// The guest runs here from now on, without the content of `missing`. What makes that durable comes before it:
+    /// [`record_arrival`](Self::record_arrival); volumes without durable state need no more than this.
     ///
     /// # Panics
     /// As [`Rules::start_postcopy`](crate::rules::Rules::start_postcopy).

@@ -217,3 +217,23 @@ fn damaged_state_is_named_and_not_guessed_at() {
     std::fs::write(&missing, &good).unwrap();
     assert_eq!(open(dir.path()).missing_count(), 9);
 }
+
+#[test]
+fn an_arrival_that_no_guest_has_seen_is_taken_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let target = create(dir.path(), BLOCKS, incoming());
+    let missing = set(BLOCKS, &[(0, 9)]);
+    target.record_arrival(&missing, arriving(2)).unwrap();
+    assert_eq!(target.mode(), Mode::Incoming, "guests still wait");
+    target.take_arrival_back(incoming()).unwrap();
+    target.take_arrival_back(incoming()).unwrap();
+    let target = reopen(target, &dir);
+    assert_eq!(target.record().unwrap().ownership, incoming());
+    assert_eq!(target.mode(), Mode::Incoming);
+    // From the beginning again, with what is missing then.
+    let missing = set(BLOCKS, &[(3, 4)]);
+    target.record_arrival(&missing, arriving(2)).unwrap();
+    let target = reopen(target, &dir);
+    assert_eq!((target.mode(), target.missing_count()), (Mode::PostCopy, 1));
+    assert!(target.take_arrival_back(incoming()).is_err());
+}

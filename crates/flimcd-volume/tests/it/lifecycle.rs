@@ -104,6 +104,36 @@ fn what_cannot_be_a_volume_is_refused_and_left_alone() {
 }
 
 #[test]
+fn an_image_in_use_becomes_a_volume_and_its_locks_come_and_go() {
+    let dir = tempfile::tempdir().unwrap();
+    let volumes = volumes(dir.path());
+    let image = dir.path().join("vm.raw");
+    fs::write(&image, b"QFI\xfb and so on").unwrap();
+    let _no_forks = super::no_forks();
+    let hypervisor = || {
+        let file = fs::File::options().read(true).write(true).open(&image);
+        let file = file.unwrap();
+        lock::lock_image(&file, &image, false).map(|()| file)
+    };
+    let held = hypervisor().unwrap();
+    let new = new_volume(dir.path(), owner(1));
+    let volume = Volume::import_in_use(&volumes, new, &OpenOptions::default()).unwrap();
+    let error = volume.take_image_locks().unwrap_err().to_string();
+    assert!(error.contains("in use by another process"), "{error}");
+    assert!(!volume.has_image_locks());
+    drop(held);
+    for _ in 0..2 {
+        volume.take_image_locks().unwrap();
+        volume.take_image_locks().unwrap();
+        assert!(volume.has_image_locks());
+        hypervisor().unwrap_err();
+        volume.give_up_image_locks();
+        assert!(!volume.has_image_locks());
+        hypervisor().unwrap();
+    }
+}
+
+#[test]
 fn a_failed_create_leaves_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let volumes = volumes(dir.path());

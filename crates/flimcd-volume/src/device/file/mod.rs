@@ -17,12 +17,24 @@ mod open;
 mod tests;
 mod uring;
 
-use std::{fs::File, io, os::unix::fs::FileExt, path::PathBuf, sync::Arc};
+use std::{
+    fs::File,
+    io,
+    os::unix::fs::FileExt,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use flimcd_core::{ByteRange, VolumeSize};
 use rustix::fs::{FallocateFlags, SeekFrom};
 
-use super::{BlockDevice, DataExtent, IoBuf, IoQueue, check_range, lock};
+use super::{
+    BlockDevice, DataExtent, IoBuf, IoQueue, check_range,
+    lock::{self, LockError},
+};
 use gate::Gate;
 
 pub use open::{Backend, DirectIo, OpenError, OpenOptions, UringUse};
@@ -30,8 +42,8 @@ pub use open::{Backend, DirectIo, OpenError, OpenOptions, UringUse};
 /// Most bytes read or written by one call through a bounce buffer.
 const BOUNCE_BYTES: usize = 1 << 20;
 
-/// An open image file.
-#[derive(Debug)]
+/// An open image file. Clones are the same open file.
+#[derive(Clone, Debug)]
 pub struct FileDevice {
     shared: Arc<Shared>,
 }
@@ -51,15 +63,17 @@ pub(crate) struct Shared {
     /// Memory must be aligned to this for `main`; 1 when buffered.
     mem_align: usize,
     gate: Gate,
+    /// Whether it may be written.
+    read_only: bool,
     /// Whether `main` holds the image locks.
-    locked: bool,
+    locked: AtomicBool,
 }
 
 impl Drop for Shared {
     fn drop(&mut self) {
         // All queues are gone and nothing is in flight, but a ring that the kernel is still taking
         // down may keep the file.
-        if self.locked {
+        if *self.locked.get_mut() {
             lock::unlock_image(&self.main);
         }
     }
@@ -80,6 +94,34 @@ impl FileDevice {
     #[must_use]
     pub fn backend(&self) -> &Backend {
         &self.shared.backend
+    }
+
+    /// Takes the image locks now, for a device that was opened without. Nothing happens if it has them. Blocks for a
+    /// second before it believes in a conflict. Not to be called by two threads at once.
+    ///
+    /// # Errors
+    /// When somebody else uses the image; the device then works on without locks.
+    pub fn take_locks(&self) -> Result<(), LockError> {
+        let shared = &self.shared;
+        if !shared.locked.load(Ordering::Acquire) {
+            lock::lock_image(&shared.main, &shared.path, shared.read_only)?;
+            shared.locked.store(true, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Gives the image locks up while the device stays open, so that somebody else can open the image. Whoever calls this
+    /// sees to it that nothing is written here any more once that one writes.
+    pub fn give_up_locks(&self) {
+        if self.shared.locked.swap(false, Ordering::AcqRel) {
+            lock::unlock_image(&self.shared.main);
+        }
+    }
+
+    /// Whether it holds the image locks.
+    #[must_use]
+    pub fn has_locks(&self) -> bool {
+        self.shared.locked.load(Ordering::Acquire)
     }
 
     /// The path it was opened by.

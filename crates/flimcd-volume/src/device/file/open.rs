@@ -192,7 +192,8 @@ pub(super) fn open(path: PathBuf, options: &OpenOptions) -> Result<Shared, OpenE
         align,
         mem_align,
         gate: Gate::default(),
-        locked: options.lock,
+        read_only: options.read_only,
+        locked: options.lock.into(),
     })
 }
 
