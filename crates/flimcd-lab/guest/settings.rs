@@ -57,7 +57,7 @@ impl Settings {
             "ram_pages_per_write" => self.ram_pages_per_write = value.parse().ok()?,
             "start" => self.is_started = value != "0",
             // For the guest's init.
-            "ip" | "gateway" => {}
+            "ip" | "gateway" | "drivers" | "shell" => {}
             _ => return None,
         }
         Some(())

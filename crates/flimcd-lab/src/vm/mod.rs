@@ -25,6 +25,7 @@
 //! package: the program is built by the build script and carried by this library. The guest's
 //! kernel is the host's or an unpacked Debian package, see [`Requirements`].
 
+mod client;
 mod cpio;
 mod image;
 mod initramfs;
@@ -32,12 +33,15 @@ mod modules;
 mod process;
 mod qemu;
 mod requirements;
+mod sites;
 mod stamp;
 
+pub use client::{Client, ClientReport, ProbeReport, ProbeSecond};
 pub use image::{ExtraDisk, GuestImage, GuestSpec, ImageError};
 pub use process::{LoadLine, Qemu, QemuError};
 pub use qemu::{Bus, DiskFormat, DiskSpec, LoadSettings, Net, QemuSpec, Storage, Style};
 pub use requirements::{Missing, Requirements, Tools};
+pub use sites::{Place, Sites, SitesError};
 
 /// The program that runs in the guest, a static executable; empty where it could not be built.
 const GUEST_PROGRAM: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/flimcd-guest"));

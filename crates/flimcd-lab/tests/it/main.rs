@@ -4,5 +4,6 @@ mod guest;
 mod load;
 mod nbd;
 mod relay;
+mod sites;
 mod trace;
 mod tun;

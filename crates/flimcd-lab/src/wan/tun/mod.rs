@@ -31,7 +31,7 @@ use serde::Serialize;
 
 use super::{LinkCounters, LinkModel, Side};
 use device::TunDevice;
-use namespace::Namespace;
+pub(crate) use namespace::Namespace;
 use router::{Control, Router};
 
 pub use namespace::{SideThread, in_user_namespace};
@@ -194,6 +194,11 @@ impl NamespaceLab {
             source,
         };
         self.sides[side.index()].run(work).map_err(start)
+    }
+
+    /// A side's namespace.
+    pub(crate) const fn namespace(&self, side: Side) -> &Namespace {
+        &self.sides[side.index()]
     }
 
     /// What went over the link so far.

@@ -13,11 +13,11 @@ use std::{
 
 /// A network namespace.
 #[derive(Debug)]
-pub(super) struct Namespace(OwnedFd);
+pub(crate) struct Namespace(OwnedFd);
 
 impl Namespace {
     /// A new one with nothing in it.
-    pub(super) fn new() -> io::Result<Self> {
+    pub(crate) fn new() -> io::Result<Self> {
         // On a thread of its own, because a thread that leaves its namespace is of little use to
         // others afterwards.
         let make = || -> io::Result<Self> {
@@ -33,7 +33,7 @@ impl Namespace {
     }
 
     /// Starts `work` on a thread of its own in the namespace.
-    pub(super) fn run<T: Send + 'static>(
+    pub(crate) fn run<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> io::Result<SideThread<T>> {
@@ -61,8 +61,13 @@ impl Namespace {
         self.run(work)?.join().map_err(panicked)?
     }
 
+    /// A path at which other processes find it, as long as this one lives.
+    pub(crate) fn path(&self) -> String {
+        format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())
+    }
+
     /// Makes `command` enter the namespace before it runs its program.
-    pub(super) fn put_in(&self, command: &mut Command) -> io::Result<()> {
+    pub(crate) fn put_in(&self, command: &mut Command) -> io::Result<()> {
         let namespace = self.0.try_clone()?;
         // SAFETY: the closure runs between fork and exec. It makes one system call on a descriptor
         // that it owns, and allocates nothing.
