@@ -25,6 +25,7 @@
 //! package: the program is built by the build script and carried by this library. The guest's
 //! kernel is the host's or an unpacked Debian package, see [`Requirements`].
 
+mod agents;
 mod client;
 mod cpio;
 mod image;
@@ -36,6 +37,7 @@ mod requirements;
 mod sites;
 mod stamp;
 
+pub use agents::{Agent, AgentError, Agents};
 pub use client::{Client, ClientReport, ProbeReport, ProbeSecond};
 pub use image::{ExtraDisk, GuestImage, GuestSpec, ImageError};
 pub use process::{LoadLine, Qemu, QemuError};
