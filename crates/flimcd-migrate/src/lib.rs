@@ -35,6 +35,7 @@
 mod estimate;
 pub mod policy;
 mod source;
+pub mod stream;
 mod target;
 
 use std::time::Duration;
