@@ -37,6 +37,7 @@ pub mod policy;
 mod source;
 pub mod stream;
 mod target;
+pub mod vm;
 
 use std::time::Duration;
 

@@ -5,3 +5,4 @@ mod handover;
 mod links;
 mod pair;
 mod strategies;
+mod vm;
