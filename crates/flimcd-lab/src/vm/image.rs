@@ -157,8 +157,42 @@ impl GuestImage {
 }
 
 impl Tools {
-    /// Makes a qcow2 file: with `backing`, an empty overlay over that qcow2 or raw file (told by its
-    /// name); without, a copy of `raw`.
+    /// Makes an empty qcow2 file of this size.
+    ///
+    /// # Errors
+    /// When qemu-img fails.
+    pub fn qcow2_empty(&self, bytes: u64, to: &Path) -> Result<(), ImageError> {
+        let mut command = Command::new(&self.qemu_img);
+        command
+            .args(["create", "-q", "-f", "qcow2"])
+            .arg(to)
+            .arg(bytes.to_string());
+        run(&mut command).map(|_| ())
+    }
+
+    /// Compares what guests would see of two images, of whatever format qemu-img finds, while
+    /// nobody writes to them. `None` when they are the same; what qemu-img says when they differ.
+    ///
+    /// # Errors
+    /// When qemu-img cannot read them.
+    pub fn compare(&self, one: &Path, other: &Path) -> Result<Option<String>, ImageError> {
+        let mut command = Command::new(&self.qemu_img);
+        // -U: QEMU may still have them open.
+        let output = command.args(["compare", "-U"]).arg(one).arg(other).output();
+        let failed = |text| ImageError::Tool {
+            tool: "qemu-img compare".to_owned(),
+            text,
+        };
+        let output = output.map_err(|error| failed(error.to_string()))?;
+        let text = |bytes| String::from_utf8_lossy(bytes).trim().to_owned();
+        match output.status.code() {
+            Some(0) => Ok(None),
+            Some(1) => Ok(Some(text(&output.stdout))),
+            _ => Err(failed(text(&output.stderr))),
+        }
+    }
+
+    /// Makes a qcow2 file that is a copy of `raw`.
     ///
     /// # Errors
     /// When qemu-img fails.

@@ -28,22 +28,28 @@
 mod agents;
 mod client;
 mod cpio;
+mod files;
 mod image;
 mod initramfs;
 mod modules;
 mod process;
 mod qemu;
 mod requirements;
+mod seconds;
 mod sites;
+mod stage;
 mod stamp;
 
 pub use agents::{Agent, AgentError, Agents};
 pub use client::{Client, ClientReport, ProbeReport, ProbeSecond};
+pub use files::{copy_sparse, first_difference};
 pub use image::{ExtraDisk, GuestImage, GuestSpec, ImageError};
-pub use process::{LoadLine, Qemu, QemuError};
+pub use process::{Qemu, QemuError};
 pub use qemu::{Bus, DiskFormat, DiskSpec, LoadSettings, Net, QemuSpec, Storage, Style};
 pub use requirements::{Missing, Requirements, Tools};
+pub use seconds::{LoadLine, LoadSummary};
 pub use sites::{Place, Sites, SitesError};
+pub use stage::{AtTarget, Layout, Stage, StageError, StageOptions};
 
 /// The program that runs in the guest, a static executable; empty where it could not be built.
 const GUEST_PROGRAM: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/flimcd-guest"));

@@ -11,9 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use serde::Serialize;
-
-use super::QemuSpec;
+use super::{LoadLine, QemuSpec};
 
 /// A guest that is not up after this will never be, however busy the machine is.
 const READY_MAX: Duration = Duration::from_secs(180);
@@ -62,49 +60,6 @@ pub enum QemuError {
         /// What was wrong.
         text: String,
     },
-}
-
-/// One second of the load, as the guest prints it, in the guest's time.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
-pub struct LoadLine {
-    /// Seconds since the load was opened.
-    pub t: f64,
-    /// Writes so far.
-    pub seq: u64,
-    /// Writes in this second.
-    pub iops: u64,
-    /// Checked reads in this second.
-    pub reads: u64,
-    /// Slowest write, with its `fdatasync` when it had one.
-    pub worst_write_ms: f64,
-    /// Slowest read.
-    pub worst_read_ms: f64,
-    /// Errors so far.
-    pub errors: u64,
-}
-
-impl LoadLine {
-    /// Reads a line; `None` when it is another kind of line or cut short.
-    #[must_use]
-    pub fn parse(line: &str) -> Option<Self> {
-        let mut out = Self::default();
-        let mut fields = 0;
-        for word in line.trim_end().strip_prefix("LOAD ")?.split(' ') {
-            let (name, value) = word.split_once('=')?;
-            match name {
-                "t" => out.t = value.parse().ok()?,
-                "seq" => out.seq = value.parse().ok()?,
-                "iops" => out.iops = value.parse().ok()?,
-                "reads" => out.reads = value.parse().ok()?,
-                "worst_write_ms" => out.worst_write_ms = value.parse().ok()?,
-                "worst_read_ms" => out.worst_read_ms = value.parse().ok()?,
-                "errors" => out.errors = value.parse().ok()?,
-                _ => continue,
-            }
-            fields += 1;
-        }
-        (fields == 7).then_some(out)
-    }
 }
 
 /// A running QEMU; killed when dropped.
@@ -360,18 +315,4 @@ fn read_lossy(path: &Path) -> String {
 fn tail(text: &str) -> String {
     let lines: Vec<&str> = text.trim().lines().collect();
     lines[lines.len().saturating_sub(LOG_TAIL_LINES)..].join(" | ")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn lines_of_the_load_are_read_and_others_are_not() {
-        let text = "LOAD t=12.0 seq=240 iops=20 reads=19 worst_write_ms=3.1 worst_read_ms=1.2 errors=0\r\n";
-        let line = LoadLine::parse(text).unwrap();
-        assert_eq!((line.seq, line.reads, line.worst_write_ms), (240, 19, 3.1));
-        assert_eq!(LoadLine::parse(&text[..40]), None);
-        assert_eq!(LoadLine::parse("GUEST READY files=1"), None);
-    }
 }
