@@ -11,6 +11,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("flimcd-volume", &["flimcd-core", "flimcd-content"]),
     ("flimcd-nbd", &["flimcd-core", "flimcd-volume"]),
     ("flimcd-link", &["flimcd-core", "flimcd-wire"]),
+    ("flimcd-qemu", &["flimcd-core"]),
     (
         "flimcd-lab",
         &[

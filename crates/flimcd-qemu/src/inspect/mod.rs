@@ -1,0 +1,516 @@
+//! What disks a VM has, what must be the same after adopting and releasing, and what cannot be adopted.
+//!
+//! A disk is a chain of nodes: `device → [filters] → format (raw, qcow2) → file`, with the format's
+//! backing chain beside it. QMP tells sizes, cache settings and names; which node is whose child comes
+//! from `query-blockstats`, the only stable command that says so; `aio` and `discard` are on no answer and
+//! come from the command line of QEMU's process.
+
+mod process;
+mod size;
+mod types;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+};
+
+use crate::{
+    commands::{
+        BlockInfo, ImageInfo, JobInfo, NodeInfo, QueryBlock, QueryBlockstats, QueryJobs,
+        QueryMemory, QueryName, QueryNamedBlockNodes, QueryStatus,
+    },
+    qmp::{Qmp, QmpError},
+};
+pub(crate) use process::Process;
+pub use types::{
+    Disk, DiskFormat, DiskOptions, Inspected, NodeOptions, Nodes, Problem, ProtocolOptions,
+};
+
+/// Longest [`Disk::id`].
+pub const MAX_DISK_ID_BYTES: usize = 20;
+/// Filters that may stand above a format's node: they pass requests on.
+const FILTERS: [&str; 2] = ["throttle", "copy-on-read"];
+
+/// Looking at a VM failed.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot see the VM's disks: {0}")]
+pub struct InspectError(#[from] pub QmpError);
+
+/// Looks at a VM. Changes nothing.
+///
+/// # Errors
+/// When QEMU does not answer. What is wrong with a disk is in its [`Disk::problem`].
+pub async fn inspect(qmp: &Qmp) -> Result<Inspected, InspectError> {
+    let name = qmp.execute(QueryName {}).await?;
+    let status = qmp.execute(QueryStatus {}).await?;
+    let memory = qmp.execute(QueryMemory {}).await?;
+    let graph = Graph::query(qmp).await?;
+    Ok(Inspected {
+        version: qmp.version().clone(),
+        vm_name: name.name,
+        status: status.status,
+        memory_bytes: memory.base_memory + memory.plugged_memory,
+        disks: graph.disks(),
+    })
+}
+
+/// The block graph of a VM at one moment.
+#[derive(Debug)]
+pub(crate) struct Graph {
+    devices: Vec<BlockInfo>,
+    nodes: BTreeMap<String, NodeInfo>,
+    /// A node's `file` child.
+    file_child: BTreeMap<String, String>,
+    jobs: Vec<JobInfo>,
+    process: Process,
+}
+
+impl Graph {
+    pub(crate) async fn query(qmp: &Qmp) -> Result<Self, QmpError> {
+        let devices = qmp.execute(QueryBlock {}).await?;
+        let nodes = qmp.execute(QueryNamedBlockNodes { flat: true }).await?;
+        let stats = qmp.execute(QueryBlockstats { query_nodes: true }).await?;
+        let jobs = qmp.execute(QueryJobs {}).await?;
+        let named = |n: NodeInfo| Some((n.node_name.clone()?, n));
+        let children = stats.into_iter().filter_map(|s| {
+            let child = s.parent?.node_name?;
+            Some((s.node_name?, child))
+        });
+        Ok(Self {
+            devices,
+            nodes: nodes.into_iter().filter_map(named).collect(),
+            file_child: children.collect(),
+            jobs,
+            process: Process::look(qmp.pid()),
+        })
+    }
+
+    /// A node by name.
+    pub(crate) fn node(&self, name: &str) -> Option<&NodeInfo> {
+        self.nodes.get(name)
+    }
+
+    /// The `file` child of a node.
+    pub(crate) fn child(&self, name: &str) -> Option<&str> {
+        self.file_child.get(name).map(String::as_str)
+    }
+
+    /// Whether any node has this one as its `file` child, or a device uses it.
+    pub(crate) fn is_used(&self, name: &str) -> bool {
+        let roots = self.devices.iter().filter_map(|d| d.inserted.as_ref());
+        let mut roots = roots.filter_map(|n| n.node_name.as_deref());
+        roots.any(|root| root == name) || self.file_child.values().any(|child| child == name)
+    }
+
+    /// The disks, with unique ids.
+    pub(crate) fn disks(&self) -> Vec<Disk> {
+        let mut taken = BTreeSet::new();
+        let mut disks = Vec::new();
+        for (index, device) in self.devices.iter().enumerate() {
+            let Some(root) = &device.inserted else {
+                continue;
+            };
+            let Some(mut disk) = self.disk(device, root) else {
+                continue;
+            };
+            if disk.id.is_empty() {
+                disk.id = format!("disk-{index}");
+            }
+            let base = disk.id.clone();
+            let mut count = 2;
+            while !taken.insert(disk.id.clone()) {
+                let suffix = format!("-{count}");
+                disk.id = base
+                    .chars()
+                    .take(MAX_DISK_ID_BYTES - suffix.len())
+                    .collect();
+                disk.id.push_str(&suffix);
+                count += 1;
+            }
+            disks.push(disk);
+        }
+        disks
+    }
+
+    fn disk(&self, device: &BlockInfo, root: &NodeInfo) -> Option<Disk> {
+        let root_name = root.node_name.clone()?;
+        let (format, protocol, filter) = self.chain(&root_name);
+        let protocol_info = self.nodes.get(&protocol)?;
+        let format_info = format.as_ref().and_then(|name| self.nodes.get(name));
+        let image = format_info.map_or(&root.image, |_| self.image_of(root));
+        let file = self.process.absolute(&protocol_info.file);
+        let on_file = protocol_info.drv == "file";
+        let metadata = file.as_ref().filter(|_| on_file).map(std::fs::metadata);
+        let kind = match format_info.map(|f| f.drv.as_str()) {
+            None | Some("raw") => DiskFormat::Raw,
+            Some("qcow2") => DiskFormat::Qcow2,
+            Some(other) => DiskFormat::Other(other.to_owned()),
+        };
+        let file_bytes = match &metadata {
+            Some(Ok(metadata)) => metadata.len(),
+            _ => protocol_info.image.virtual_size,
+        };
+        let export_bytes = match kind {
+            DiskFormat::Qcow2 => size::qcow2_export_bytes(image, file_bytes),
+            _ => file_bytes,
+        };
+        let (qdev, qom_path) = device_names(device.qdev.as_deref());
+        let drive = Some(device.device.clone()).filter(|d| !d.is_empty());
+        let mut disk = Disk {
+            id: disk_id(qdev.as_deref(), drive.as_deref(), &root_name),
+            options: self.options(device, root, format_info, protocol_info, drive.as_deref()),
+            qdev,
+            qom_path,
+            drive,
+            format: kind,
+            file: file.clone().filter(|_| on_file).unwrap_or_default(),
+            backing: self.backing(image),
+            size_bytes: root.image.virtual_size,
+            file_bytes,
+            export_bytes,
+            read_only: root.ro,
+            nodes: Nodes {
+                root: root_name,
+                format,
+                protocol,
+            },
+            problem: None,
+        };
+        disk.problem = filter.map(Problem::Filter);
+        if disk.problem.is_none() {
+            disk.problem = self.problem(&disk, image, protocol_info, metadata);
+        }
+        Some(disk)
+    }
+
+    /// From the root down: the format's node, the file's, and a node in between that we do not know.
+    fn chain(&self, root: &str) -> (Option<String>, String, Option<String>) {
+        let mut name = root.to_owned();
+        let mut format = None;
+        let mut unknown = None;
+        while let Some(child) = self.file_child.get(&name) {
+            let driver = self.nodes.get(&name).map_or("", |n| n.drv.as_str());
+            if format.is_some() {
+                // Something between the format and its file.
+                unknown.get_or_insert_with(|| driver.to_owned());
+            } else if !FILTERS.contains(&driver) {
+                format = Some(name.clone());
+            }
+            name.clone_from(child);
+        }
+        // A filter right on the file has no format's node to keep: treated as the file being the root
+        // would replace the filter.
+        if format.is_none() && name != root {
+            let driver = self.nodes.get(root).map_or("", |n| n.drv.as_str());
+            unknown.get_or_insert_with(|| driver.to_owned());
+        }
+        (format, name, unknown)
+    }
+
+    /// `query-block` gives the details of the whole chain, but a filter's image is its own.
+    fn image_of<'a>(&'a self, root: &'a NodeInfo) -> &'a ImageInfo {
+        let mut name = root.node_name.as_deref().unwrap_or_default();
+        let mut info = root;
+        while FILTERS.contains(&info.drv.as_str()) {
+            let Some(child) = self.child(name) else { break };
+            let Some(child_info) = self.nodes.get(child) else {
+                break;
+            };
+            (name, info) = (child, child_info);
+        }
+        &info.image
+    }
+
+    fn backing(&self, image: &ImageInfo) -> Vec<PathBuf> {
+        let mut files = Vec::new();
+        let mut image = image;
+        loop {
+            let named = image.full_backing_filename.as_ref();
+            let Some(file) = named.or(image.backing_filename.as_ref()) else {
+                return files;
+            };
+            files.push(self.process.absolute(file).unwrap_or_else(|| file.into()));
+            let Some(next) = image.backing_image.as_deref() else {
+                return files;
+            };
+            image = next;
+        }
+    }
+
+    fn options(
+        &self,
+        device: &BlockInfo,
+        root: &NodeInfo,
+        format: Option<&NodeInfo>,
+        protocol: &NodeInfo,
+        drive: Option<&str>,
+    ) -> DiskOptions {
+        let name = |n: &NodeInfo| n.node_name.clone().unwrap_or_default();
+        let format_name = format.map(name);
+        let line = self.process.line();
+        let seen = line.of_file(&name(protocol), format_name.as_deref(), drive);
+        // What QEMU takes when nothing is said. A file under a format's node passes discard on.
+        let default_discard = if format.is_some() { "unmap" } else { "ignore" };
+        let get = |key: &str, default: &str| {
+            let value = seen.as_ref().and_then(|o| o.get(key));
+            value.map_or(default, String::as_str).to_owned()
+        };
+        let named = seen.is_some() && !name(protocol).starts_with('#');
+        DiskOptions {
+            writeback: device.inserted.as_ref().unwrap_or(root).cache.writeback,
+            format: format.map(NodeOptions::of),
+            protocol: ProtocolOptions {
+                node: NodeOptions::of(protocol),
+                // A node with a name of its own ignores discard unless told otherwise.
+                discard: match get("discard", if named { "ignore" } else { default_discard })
+                    .as_str()
+                {
+                    "on" | "unmap" => "unmap".to_owned(),
+                    _ => "ignore".to_owned(),
+                },
+                aio: get("aio", "threads"),
+                locking: get("locking", "auto"),
+                seen: seen.is_some(),
+            },
+        }
+    }
+
+    fn problem(
+        &self,
+        disk: &Disk,
+        image: &ImageInfo,
+        protocol: &NodeInfo,
+        metadata: Option<std::io::Result<std::fs::Metadata>>,
+    ) -> Option<Problem> {
+        if disk.read_only {
+            return Some(Problem::ReadOnly);
+        }
+        if let Some((socket, name)) = export_of(protocol) {
+            return Some(Problem::OnExport { socket, name });
+        }
+        if protocol.drv != "file" {
+            return Some(Problem::Protocol(protocol.drv.clone()));
+        }
+        if let DiskFormat::Other(name) = &disk.format {
+            return Some(Problem::Format(name.clone()));
+        }
+        let file = disk.file.clone();
+        match metadata {
+            None => {
+                let reason =
+                    "QEMU names it relative to a directory that is not known here".to_owned();
+                let file = PathBuf::from(&protocol.file);
+                return Some(Problem::NoFile { file, reason });
+            }
+            Some(Err(error)) => {
+                let reason = error.to_string();
+                return Some(Problem::NoFile { file, reason });
+            }
+            Some(Ok(metadata)) if self.process.has_open(&metadata) == Some(false) => {
+                return Some(Problem::OtherFile { file });
+            }
+            Some(Ok(_)) => {}
+        }
+        if disk.format == DiskFormat::Raw && !disk.file_bytes.is_multiple_of(512) {
+            return Some(Problem::Size(disk.file_bytes));
+        }
+        self.problem_of_content(disk, image)
+    }
+
+    fn problem_of_content(&self, disk: &Disk, image: &ImageInfo) -> Option<Problem> {
+        let names = [Some(&disk.nodes.root), disk.nodes.format.as_ref()];
+        let nodes = names
+            .into_iter()
+            .flatten()
+            .filter_map(|n| self.nodes.get(n));
+        let bitmaps = nodes.clone().flat_map(|n| &n.dirty_bitmaps);
+        let mut bitmaps: Vec<_> = bitmaps.filter_map(|b| b.name.clone()).collect();
+        if nodes.clone().any(|n| n.encrypted) {
+            return Some(Problem::Encrypted);
+        }
+        if let Some(specific) = &image.format_specific {
+            let is = |key: &str| specific.data.get(key).is_some_and(|v| v == true);
+            if specific.data.get("data-file").is_some() {
+                return Some(Problem::DataFile);
+            }
+            if is("corrupt") {
+                return Some(Problem::Corrupt);
+            }
+            if is("lazy-refcounts") {
+                return Some(Problem::LazyRefcounts);
+            }
+            let stored = specific.data.get("bitmaps").and_then(|b| b.as_array());
+            let stored = stored.into_iter().flatten().filter_map(|b| b.get("name"));
+            bitmaps.extend(stored.filter_map(|n| n.as_str()).map(str::to_owned));
+        }
+        bitmaps.sort();
+        bitmaps.dedup();
+        if !bitmaps.is_empty() {
+            return Some(Problem::Bitmaps(bitmaps.join(", ")));
+        }
+        // A job's name does not tell which disks it works on.
+        let mut jobs = self.jobs.iter().filter(|j| {
+            let block = ["mirror", "backup", "commit", "stream", "create"];
+            block.contains(&j.kind.as_str()) && !["concluded", "null"].contains(&j.status.as_str())
+        });
+        jobs.next()
+            .map(|j| Problem::Job(format!("{} ({})", j.id, j.kind)))
+    }
+}
+
+impl NodeOptions {
+    pub(crate) fn of(node: &NodeInfo) -> Self {
+        Self {
+            cache_direct: node.cache.direct,
+            cache_no_flush: node.cache.no_flush,
+            detect_zeroes: node.detect_zeroes.clone(),
+        }
+    }
+}
+
+/// Socket and name of the export that an `nbd` node is on, from its address:
+/// `nbd+unix:///NAME?socket=PATH` or, when that cannot say all, `json:{…}`.
+pub(crate) fn export_of(node: &NodeInfo) -> Option<(PathBuf, String)> {
+    if node.drv != "nbd" {
+        return None;
+    }
+    if let Some(json) = node.file.strip_prefix("json:") {
+        let value: serde_json::Value = serde_json::from_str(json).ok()?;
+        let text = |keys: [&str; 2]| {
+            let nested = value.get(keys[0]).and_then(|v| v.get(keys[1]));
+            let flat = value.get(format!("{}.{}", keys[0], keys[1]));
+            Some(nested.or(flat)?.as_str()?.to_owned())
+        };
+        let socket = text(["server", "path"])?;
+        let name = value.get("export").and_then(|e| e.as_str());
+        return Some((socket.into(), name.unwrap_or_default().to_owned()));
+    }
+    let rest = node.file.strip_prefix("nbd+unix://")?;
+    let (name, socket) = rest.split_once("?socket=")?;
+    let name = name.strip_prefix('/').unwrap_or(name);
+    Some((unescape(socket).into(), unescape(name)))
+}
+
+/// `%41` is `A`.
+fn unescape(text: &str) -> String {
+    let bytes = text.as_bytes();
+    let mut plain = Vec::with_capacity(bytes.len());
+    let mut at = 0;
+    while at < bytes.len() {
+        let code = bytes
+            .get(at + 1..at + 3)
+            .and_then(|hex| std::str::from_utf8(hex).ok());
+        let code = code.and_then(|hex| u8::from_str_radix(hex, 16).ok());
+        match code {
+            Some(byte) if bytes[at] == b'%' => {
+                plain.push(byte);
+                at += 3;
+            }
+            _ => {
+                plain.push(bytes[at]);
+                at += 1;
+            }
+        }
+    }
+    String::from_utf8_lossy(&plain).into_owned()
+}
+
+/// The id that a person gave a device, and its path, from what `query-block` calls `qdev`: either.
+fn device_names(qdev: Option<&str>) -> (Option<String>, Option<String>) {
+    let Some(qdev) = qdev else {
+        return (None, None);
+    };
+    if let Some(inside) = qdev.strip_prefix("/machine/peripheral/") {
+        let id = inside.split('/').next().unwrap_or_default();
+        return (Some(id.to_owned()), Some(qdev.to_owned()));
+    }
+    if qdev.starts_with('/') {
+        return (None, Some(qdev.to_owned()));
+    }
+    let path = format!("/machine/peripheral/{qdev}");
+    (Some(qdev.to_owned()), Some(path))
+}
+
+fn disk_id(qdev: Option<&str>, drive: Option<&str>, node: &str) -> String {
+    let given = Some(node).filter(|n| !n.starts_with('#'));
+    let name = qdev.or(drive).or(given).unwrap_or_default();
+    let mut id = String::new();
+    for c in name.chars() {
+        let c = c.to_ascii_lowercase();
+        if c.is_ascii_alphanumeric() {
+            id.push(c);
+        } else if !id.is_empty() && !id.ends_with('-') {
+            id.push('-');
+        }
+    }
+    id.truncate(MAX_DISK_ID_BYTES);
+    id.trim_end_matches('-').to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_short_and_plain() {
+        let check = |qdev, drive, node, expected| {
+            assert_eq!(disk_id(qdev, drive, node), expected);
+        };
+        check(Some("Disk_0"), Some("drv"), "node", "disk-0");
+        check(None, Some("virtio0"), "#block12", "virtio0");
+        check(None, None, "libvirt-1-format", "libvirt-1-format");
+        check(None, None, "#block12", "");
+        check(
+            Some("ua-0c9d0d9b-3a8e-4d0e-9b0e"),
+            None,
+            "",
+            "ua-0c9d0d9b-3a8e-4d0",
+        );
+    }
+
+    #[test]
+    fn devices_by_id_or_path() {
+        let check = |qdev, id: Option<&str>, path: Option<&str>| {
+            let expected = (id.map(str::to_owned), path.map(str::to_owned));
+            assert_eq!(device_names(qdev), expected);
+        };
+        check(None, None, None);
+        check(Some("sd0"), Some("sd0"), Some("/machine/peripheral/sd0"));
+        let virtio = "/machine/peripheral/vd0/virtio-backend";
+        check(Some(virtio), Some("vd0"), Some(virtio));
+        let anonymous = "/machine/peripheral-anon/device[0]";
+        check(Some(anonymous), None, Some(anonymous));
+    }
+
+    #[test]
+    fn export_of_an_address() {
+        let check = |file: &str, expected: Option<(&str, &str)>| {
+            let node: NodeInfo = serde_json::from_value(serde_json::json!({
+                "drv": "nbd", "file": file, "image": {"virtual-size": 1, "format": "nbd"},
+                "cache": {"writeback": true, "direct": false, "no-flush": false},
+            }))
+            .unwrap();
+            let found = export_of(&node);
+            let expected = expected.map(|(s, n)| (PathBuf::from(s), n.to_owned()));
+            assert_eq!(found, expected, "{file}");
+        };
+        check(
+            "nbd+unix:///vm.disk?socket=/run/a.sock",
+            Some(("/run/a.sock", "vm.disk")),
+        );
+        check("nbd+unix://?socket=/run/a.sock", Some(("/run/a.sock", "")));
+        check(
+            "nbd+unix:///a%2fb?socket=/run/x%20y",
+            Some(("/run/x y", "a/b")),
+        );
+        check(
+            r#"json:{"driver":"nbd","export":"e","server":{"type":"unix","path":"/s"}}"#,
+            Some(("/s", "e")),
+        );
+        check(
+            r#"json:{"driver":"nbd","server.path":"/s","server.type":"unix"}"#,
+            Some(("/s", "")),
+        );
+        check("nbd://host:10809/e", None);
+    }
+}
