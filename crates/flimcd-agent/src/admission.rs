@@ -5,28 +5,30 @@
 //! | a migration that runs here | its driver's (it never comes here) |
 //! | one that completed here | `Accept` with `Complete` |
 //! | one that ended early here | `Failed`; if the source has offered ownership, `Accept` first, so that it can ask for a refusal |
-//! | an unknown one, the source owns the volume | checks, then a new volume; or `Failed` and nothing changed |
+//! | an unknown one, the source owns the volumes | checks, then new volumes, all or none; or `Failed` and nothing changed |
 //! | an unknown one, ownership was offered | it is recorded as ended for good, then as above |
 //!
 //! # Room
-//! Only the volume's size is known beforehand, not how much of it is data. Blocks that find no room after
-//! the switch would leave the guest without them, so by default the whole size must fit beside the
+//! Only the volumes' sizes are known beforehand, not how much of it is data. Blocks that find no room after
+//! the switch would leave the guest without them, so by default their whole size must fit beside the
 //! other volumes that are still arriving and `limits.reserve`; `limits.overcommit` lets sparse volumes in that
 //! do not. Before the switch a full disk ends the migration cleanly either way.
 
-use flimcd_core::{Epoch, MigrationId, SiteName};
+use flimcd_core::{Epoch, InvalidSize, MigrationId, SiteName, VolumeLayout};
 use flimcd_migrate::{TargetConfig, TargetStart};
+use flimcd_volume::Ownership;
 use flimcd_wire::{Accept, ErrorCode, Message, Open, SeqRuns, SourceStage, TargetStage, WireError};
 use std::sync::Arc;
 
 use crate::{
     agent::Agent,
-    api::{ErrorBody, OwnershipState, Phase, Role},
-    hosting::Hosted,
+    api::{ErrorBody, Phase, Role},
     links::{Admit, Inbox, PeerLink},
     migration::{
-        Command, Outcome, Setup, TargetBegin, TargetDriver, progress::fresh_status,
-        store::MigrationRecord,
+        Command, Outcome, TargetBegin, TargetDriver,
+        progress::fresh_status,
+        store::{MigrationRecord, MovedVolume},
+        volumes::VolumeSet,
     },
     tasks::{self, Begin, ended_early},
 };
@@ -84,26 +86,22 @@ impl Agent {
             }
             return;
         }
-        let size = open.volumes[0].size.bytes();
-        let peer = link.peer().clone();
-        let status = fresh_status(id, open.volumes[0].name.clone(), Role::Target, peer, size);
-        let record =
-            MigrationRecord::new(Role::Target, open.volumes[0].id, open.epoch, None, status);
+        let record = arriving_record(id, &open, link.peer().clone());
         match self.take_in(link, &record, &open).await {
-            Ok((hosted, begin)) => {
+            Ok((volumes, begin)) => {
                 tracing::info!(
-                    migration = %id, volume = %record.volume, from = %record.peer,
-                    "a volume is arriving"
+                    migration = %id, volumes = %record.names(), from = %record.peer,
+                    "volumes are arriving"
                 );
                 let begun = TargetBegin {
-                    config: target_config(id, &hosted),
+                    config: target_config(&record, &volumes),
                     start: TargetStart::Fresh,
                 };
-                run_target(self, hosted, link.clone(), record, begin, inbox, begun).await;
+                run_target(self, volumes, link.clone(), record, begin, inbox, begun).await;
             }
             Err(error) => {
                 tracing::warn!(
-                    migration = %id, volume = %record.volume, from = %record.peer,
+                    migration = %id, volumes = %record.names(), from = %record.peer,
                     "refused a migration: {}", error.text
                 );
                 link.unregister(id);
@@ -121,13 +119,13 @@ impl Agent {
         }
     }
 
-    /// Checks everything, and makes the volume and the record of the migration.
+    /// Checks everything, and makes the volumes and the record of the migration.
     async fn take_in(
         self: &Arc<Self>,
         link: &Arc<PeerLink>,
         record: &MigrationRecord,
         open: &Open,
-    ) -> Result<(Arc<Hosted>, Begin), WireError> {
+    ) -> Result<(Arc<VolumeSet>, Begin), WireError> {
         self.check_allowed(link.peer(), open)?;
         if open.stage != SourceStage::Owner {
             let text = format!(
@@ -141,12 +139,18 @@ impl Agent {
         let agent = self.clone();
         let (to_save, id, open) = (record.clone(), record.id, open.clone());
         let made = tokio::task::spawn_blocking(move || {
+            let sizes = open.volumes.iter().map(|offer| offer.size);
+            VolumeLayout::new(sizes).map_err(|error| too_large(&error))?;
             agent.hosting.check_arrival(&open, &agent.config)?;
             agent.store.save(&to_save).map_err(|error| {
                 let text = format!("recording the migration at the target failed: {error}");
                 WireError::new(ErrorCode::DISK, text)
             })?;
             let arrived = agent.hosting.take_in(&open, id, &to_save.peer);
+            let arrived = arrived.and_then(|hosted| {
+                let volumes = hosted.iter().map(|hosted| hosted.volume().clone());
+                VolumeSet::new(volumes.collect()).map_err(|error| too_large(&error))
+            });
             if arrived.is_err() {
                 // Nothing is left of it but a line in the log.
                 let _ = agent.store.remove(id);
@@ -160,7 +164,7 @@ impl Agent {
             ))
         });
         match made {
-            Ok(hosted) => Ok((hosted, begin)),
+            Ok(volumes) => Ok((volumes, begin)),
             Err(error) => {
                 self.registry.forget(record.id);
                 Err(error)
@@ -169,44 +173,69 @@ impl Agent {
     }
 
     fn check_allowed(&self, peer: &SiteName, open: &Open) -> Result<(), WireError> {
-        let allowed = self
-            .config
-            .peer(peer)
-            .is_some_and(|config| config.allows_sending(&open.volumes[0].name));
-        if allowed {
+        let config = self.config.peer(peer);
+        let refused = open
+            .volumes
+            .iter()
+            .find(|offer| !config.is_some_and(|config| config.allows_sending(&offer.name)));
+        let Some(refused) = refused else {
             return Ok(());
-        }
+        };
         let text = format!(
             "site {site} does not take volume {name} from site {peer}; add it to may_send of peer {peer} in \
              the configuration of {site}",
             site = self.config.site,
-            name = open.volumes[0].name,
+            name = refused.name,
         );
         Err(WireError::new(ErrorCode::NOT_ALLOWED, text))
     }
 
-    /// An older migration of the same volume from the same peer, which the peer has given up without our
-    /// hearing of it, makes way.
+    /// Older migrations of the same volumes from the same peer, which the peer has given up without our
+    /// hearing of it, make way.
     async fn supersede(&self, peer: &SiteName, open: &Open) -> Result<(), WireError> {
-        let Ok(hosted) = self.hosting.get(&open.volumes[0].name) else {
-            return Ok(());
-        };
-        let is_same = hosted.volume().id() == open.volumes[0].id;
-        let Some((old, running)) = self.registry.running_on(&open.volumes[0].name) else {
-            return Ok(());
-        };
-        if !is_same || running.role != Role::Target || running.peer != *peer {
-            return Ok(());
-        }
-        tracing::info!(migration = %old, volume = %open.volumes[0].name, "makes way for a newer migration");
-        let (answer, answered) = tokio::sync::oneshot::channel();
-        if running.commands.send(Command::Cancel(answer)).await.is_ok()
-            && let Ok(Ok(())) = answered.await
-        {
-            self.registry.wait_ended(old).await;
+        for offer in &open.volumes {
+            let Ok(hosted) = self.hosting.get(&offer.name) else {
+                continue;
+            };
+            let is_same = hosted.volume().id() == offer.id;
+            let Some((old, running)) = self.registry.running_on(&offer.name) else {
+                continue;
+            };
+            if !is_same || running.role != Role::Target || running.peer != *peer {
+                continue;
+            }
+            tracing::info!(migration = %old, volume = %offer.name, "makes way for a newer migration");
+            let (answer, answered) = tokio::sync::oneshot::channel();
+            if running.commands.send(Command::Cancel(answer)).await.is_ok()
+                && let Ok(Ok(())) = answered.await
+            {
+                self.registry.wait_ended(old).await;
+            }
         }
         Ok(())
     }
+}
+
+/// The record of a migration that a peer begins.
+fn arriving_record(id: MigrationId, open: &Open, peer: SiteName) -> MigrationRecord {
+    let moved: Vec<_> = open
+        .volumes
+        .iter()
+        .map(|offer| MovedVolume {
+            id: offer.id,
+            name: offer.name.clone(),
+        })
+        .collect();
+    let names = moved.iter().map(|volume| volume.name.clone()).collect();
+    let bytes = open.volumes.iter().map(|offer| offer.size.bytes()).sum();
+    let mut status = fresh_status(id, names, Role::Target, peer, bytes);
+    status.session = open.session;
+    MigrationRecord::new(Role::Target, moved, open.epoch, None, status)
+}
+
+fn too_large(error: &InvalidSize) -> WireError {
+    let text = format!("the volumes of the migration together: {error}");
+    WireError::new(ErrorCode::SIZE, text)
 }
 
 /// Tells a source how a migration ended here.
@@ -241,11 +270,11 @@ pub(crate) fn to_wire(error: &ErrorBody) -> WireError {
 }
 
 /// What a target machine is about.
-pub(crate) fn target_config(id: MigrationId, hosted: &Hosted) -> TargetConfig {
+pub(crate) fn target_config(record: &MigrationRecord, volumes: &VolumeSet) -> TargetConfig {
     TargetConfig {
-        migration: id,
-        size: hosted.volume().size(),
-        waits_for_vm: false,
+        migration: record.id,
+        size: volumes.layout().size(),
+        waits_for_vm: record.session.is_some(),
         incarnation: rand::random(),
     }
 }
@@ -253,7 +282,7 @@ pub(crate) fn target_config(id: MigrationId, hosted: &Hosted) -> TargetConfig {
 /// Runs the driver of a migration whose target is here, and cleans up after it.
 pub(crate) async fn run_target(
     agent: Arc<Agent>,
-    hosted: Arc<Hosted>,
+    volumes: Arc<VolumeSet>,
     link: Arc<PeerLink>,
     record: MigrationRecord,
     begin: Begin,
@@ -261,16 +290,8 @@ pub(crate) async fn run_target(
     begun: TargetBegin,
 ) {
     let id = record.id;
-    let setup = Setup {
-        volume: hosted.volume().clone(),
-        link: link.clone(),
-        inbox,
-        commands: begin.commands,
-        stop: agent.stop_signal(),
-        record: record.clone(),
-        store: agent.store.clone(),
-        status: begin.status,
-    };
+    let hook = begin.hook.clone();
+    let setup = tasks::setup(&agent, &volumes, &link, inbox, record.clone(), begin);
     let (record, outcome, discard) = match TargetDriver::new(setup, &begun) {
         Ok(driver) => driver.run().await,
         Err(error) => {
@@ -280,13 +301,17 @@ pub(crate) async fn run_target(
                 Message::Failed(WireError::new(ErrorCode::OTHER, text.clone())),
             )
             .await;
-            let discard = hosted.state() == OwnershipState::Incoming;
+            // Volumes that guests were let into stay as they are.
+            let discard = volumes
+                .ownerships()
+                .iter()
+                .all(|ownership| matches!(ownership, Ownership::Incoming { .. }));
             (ended_early(record, text), Outcome::Ended, discard)
         }
     };
     link.unregister(id);
     if discard && outcome == Outcome::Ended {
-        agent.discard(record.volume.clone()).await;
+        agent.discard_arrival(&record, &volumes).await;
     }
-    tasks::finish(&agent, (record, outcome)).await;
+    tasks::finish(&agent, hook.as_ref(), (record, outcome)).await;
 }

@@ -1,7 +1,7 @@
 //! The running agent: what it has opened, and how it starts and stops.
 //!
 //! ```text
-//!  start: directories → lock → certificates → volumes → exports → links → API → migrations go on
+//!  start: directories → lock → certificates → records put right → volumes → exports → links → API → migrations go on
 //!  stop:  API → migrations pause → links → exports → lock
 //! ```
 //! Whatever fails on the way up is said, and what was opened is closed again.
@@ -30,7 +30,7 @@ use crate::{
     error::StartError,
     hosting::Hosting,
     links::PeerLink,
-    migration::{progress::unix_ms, store::Store},
+    migration::{hooks::Sessions, progress::unix_ms, settle::settle_all, store::Store},
     registry::Registry,
 };
 
@@ -43,6 +43,8 @@ pub(crate) struct Agent {
     pub(crate) store: Store,
     pub(crate) hosting: Hosting,
     pub(crate) registry: Registry,
+    /// Those who move machines, and wait for what happens to their disks.
+    pub(crate) sessions: Arc<Sessions>,
     endpoint: Endpoint,
     links: BTreeMap<SiteName, Arc<PeerLink>>,
     dialled: Mutex<BTreeSet<SiteName>>,
@@ -99,7 +101,7 @@ impl Agent {
         let mut migrations = Vec::new();
         for status in self.registry.statuses() {
             if status.phase.has_ended() {
-                last.insert(status.volume.clone(), status);
+                last.insert(status.volumes.clone(), status);
             } else {
                 migrations.push(status);
             }
@@ -180,9 +182,13 @@ pub async fn start(config: Config) -> Result<RunningAgent, StartError> {
     };
     let (store, records) = Store::open(directory.clone()).map_err(unusable)?;
     let hosting = {
-        let config = config.clone();
+        let (config, records) = (config.clone(), records.clone());
         // A panic here is a bug that is better seen.
-        let opened = tokio::task::spawn_blocking(move || Hosting::open(&config)).await;
+        let opened = tokio::task::spawn_blocking(move || {
+            settle_all(&config.state_dir.join("volumes"), &records)?;
+            Hosting::open(&config)
+        })
+        .await;
         opened.map_err(|panic| unusable(std::io::Error::other(panic)))??
     };
     let listen = match &config.listen {
@@ -198,6 +204,7 @@ pub async fn start(config: Config) -> Result<RunningAgent, StartError> {
         store,
         hosting,
         registry: Registry::default(),
+        sessions: Arc::default(),
         endpoint,
         dialled: Mutex::default(),
         stop: watch::Sender::new(false),
@@ -249,6 +256,7 @@ impl RunningAgent {
             api.abort();
         }
         self.agent.wait_for_tasks().await;
+        self.agent.sessions.stop();
         self.agent.endpoint.stop();
         for router in self.routers {
             if let Err(error) = router.await {

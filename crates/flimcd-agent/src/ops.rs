@@ -1,7 +1,7 @@
 //! What the API can ask of an agent.
 
-use flimcd_core::{MigrationId, VolumeName, VolumeSize};
-use std::sync::Arc;
+use flimcd_core::{Epoch, MigrationId, VolumeName, VolumeSize, limits};
+use std::{collections::BTreeSet, sync::Arc};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
@@ -12,7 +12,13 @@ use crate::{
     },
     error::{io_error, refuse},
     hosting::Hosted,
-    migration::{Command, CommandError, progress::fresh_status, store::MigrationRecord},
+    migration::{
+        Command, CommandAnswer, CommandError,
+        hooks::DisksEvent,
+        progress::fresh_status,
+        store::{MigrationRecord, MovedVolume},
+        volumes::VolumeSet,
+    },
     registry::Running,
     tasks::{self, Begin},
 };
@@ -105,23 +111,29 @@ impl Agent {
         Ok(self.hosting.get(name)?.export())
     }
 
-    /// Begins a migration.
-    pub(crate) async fn migrate(
+    /// Begins a migration of one or more volumes, which move together. With a `session` they are the disks of a
+    /// machine whose move decides about the switch: see [`hooks`](crate::migration::hooks).
+    pub(crate) async fn begin_migration(
         self: &Arc<Self>,
-        name: &VolumeName,
+        names: Vec<VolumeName>,
         request: MigrateRequest,
+        session: Option<MigrationId>,
     ) -> Result<MigrationStatus, ErrorBody> {
-        let hosted = self.hosting.get(name)?;
-        self.check_peer(name, &request)?;
-        let epoch = hosted.epoch_to_migrate()?;
+        let (volumes, epoch) = self.volumes_to_migrate(&names, &request)?;
         let id = MigrationId(rand::random());
-        let size = hosted.volume().size().bytes();
-        let mut status = fresh_status(id, name.clone(), Role::Source, request.to.clone(), size);
+        let all = volumes.all().iter();
+        let bytes = all.map(|volume| volume.size().bytes()).sum();
+        let moved = volumes.all().iter().map(|volume| MovedVolume {
+            id: volume.id(),
+            name: volume.name().clone(),
+        });
+        let mut status = fresh_status(id, names, Role::Source, request.to.clone(), bytes);
         status.strategy = Some(request.strategy);
         status.switchover = Some(request.switchover);
+        status.session = session;
         let record = MigrationRecord::new(
             Role::Source,
-            hosted.volume().id(),
+            moved.collect(),
             epoch,
             Some(request),
             status.clone(),
@@ -140,11 +152,49 @@ impl Agent {
             return Err(error);
         }
         tracing::info!(
-            migration = %id, volume = %name, to = %record.peer, strategy = ?status.strategy,
-            "migration begins"
+            migration = %id, volumes = %record.names(), to = %record.peer,
+            strategy = ?status.strategy, "migration begins"
         );
-        tasks::spawn_source(self, hosted, record, begun, true);
+        tasks::spawn_source(self, volumes, record, begun, true);
         Ok(status)
+    }
+
+    /// The volumes of a migration that may begin, and the highest of their epochs.
+    fn volumes_to_migrate(
+        &self,
+        names: &[VolumeName],
+        request: &MigrateRequest,
+    ) -> Result<(Arc<VolumeSet>, Epoch), ErrorBody> {
+        let bad = |message: String, hint: &str| Err(refuse(ApiCode::BadRequest, message, hint));
+        if names.is_empty() {
+            return bad("no volume is named".to_owned(), "name what is to move");
+        }
+        if names.len() > limits::MAX_VOLUMES_PER_MIGRATION {
+            let message = format!(
+                "{} volumes are too many for one migration, which takes {}",
+                names.len(),
+                limits::MAX_VOLUMES_PER_MIGRATION
+            );
+            return bad(message, "migrate them in several");
+        }
+        if names.iter().collect::<BTreeSet<_>>().len() < names.len() {
+            return bad("a volume is named twice".to_owned(), "name each once");
+        }
+        let mut volumes = Vec::new();
+        let mut epoch = Epoch::FIRST;
+        for name in names {
+            let hosted = self.hosting.get(name)?;
+            self.check_peer(name, request)?;
+            epoch = epoch.max(hosted.epoch_to_migrate()?);
+            volumes.push(hosted.volume().clone());
+        }
+        match VolumeSet::new(volumes) {
+            Ok(volumes) => Ok((volumes, epoch)),
+            Err(error) => bad(
+                format!("the volumes together: {error}"),
+                "migrate them in several",
+            ),
+        }
     }
 
     /// Notes that a migration runs from now on.
@@ -152,15 +202,27 @@ impl Agent {
         let (commands_in, commands) = mpsc::channel(COMMANDS);
         let (status, status_out) = watch::channel(record.status.clone());
         let running = Running {
-            volume: record.volume.clone(),
+            volumes: record.status.volumes.clone(),
             role: record.role,
             peer: record.peer.clone(),
             commands: commands_in,
             status: status_out,
         };
         let begun = self.registry.begin(record.id, running);
-        begun.map_err(|other| busy(&record.volume, other.status.borrow().id))?;
-        Ok(Begin { commands, status })
+        begun.map_err(|other| {
+            let other = other.status.borrow();
+            let shared = other
+                .volumes
+                .iter()
+                .find(|volume| record.status.volumes.contains(volume));
+            busy(shared.unwrap_or(&record.status.volumes[0]), other.id)
+        })?;
+        let hook = record.session.map(|session| self.sessions.begin(session));
+        Ok(Begin {
+            commands,
+            status,
+            hook,
+        })
     }
 
     fn check_peer(&self, name: &VolumeName, request: &MigrateRequest) -> Result<(), ErrorBody> {
@@ -216,7 +278,7 @@ impl Agent {
     async fn command(
         &self,
         name: &VolumeName,
-        make: impl FnOnce(oneshot::Sender<Result<(), CommandError>>) -> Command,
+        make: impl FnOnce(CommandAnswer) -> Command,
     ) -> Result<MigrationStatus, ErrorBody> {
         self.hosting.get(name)?;
         let not_migrating = || {
@@ -227,27 +289,61 @@ impl Agent {
                 "`flimcd status` shows what is",
             )
         };
-        let (id, running) = self.registry.running_on(name).ok_or_else(not_migrating)?;
+        let (id, _) = self.registry.running_on(name).ok_or_else(not_migrating)?;
+        self.command_migration(id, make).await?;
+        self.migration(id)
+    }
+
+    /// Passes a command on to the driver of a migration.
+    pub(crate) async fn command_migration(
+        &self,
+        id: MigrationId,
+        make: impl FnOnce(CommandAnswer) -> Command,
+    ) -> Result<(), ErrorBody> {
+        let not_running = || {
+            let message = format!("migration {id} does not run here any more");
+            refuse(
+                ApiCode::UnknownMigration,
+                message,
+                "`flimcd status` shows what does",
+            )
+        };
+        let running = self.registry.running(id).ok_or_else(not_running)?;
         let (answer, answered) = oneshot::channel();
         let sent = running.commands.send(make(answer)).await;
         if sent.is_err() {
-            return Err(not_migrating());
+            return Err(not_running());
         }
+        let names = || running.status.borrow().names();
         match answered.await {
-            Ok(Ok(())) => self.migration(id),
+            Ok(Ok(())) => Ok(()),
             Ok(Err(CommandError::OtherSide)) => Err(refuse(
                 ApiCode::BadRequest,
-                format!("the source decides about the switch of {name}"),
+                format!("the source decides about the switch of {}", names()),
                 format!("ask the agent at site {}", running.peer),
+            )),
+            Ok(Err(CommandError::WithMachine)) => Err(refuse(
+                ApiCode::BadRequest,
+                format!("{} moves with a machine, and switches with it", names()),
+                "the machine's move decides when",
             )),
             Ok(Err(CommandError::TooLate)) => Err(refuse(
                 ApiCode::TooLate,
-                format!("{name} is owned by the target already, so its migration cannot be ended"),
+                format!(
+                    "{} is owned by the target already, so its migration cannot be ended",
+                    names()
+                ),
                 "let it complete, and migrate the volume back if it should not be there",
             )),
             Ok(Err(CommandError::Io(error))) => Err(io_error("recording the request", &error)),
-            Err(_) => Err(not_migrating()),
+            Err(_) => Err(not_running()),
         }
+    }
+
+    /// What happens to the disks of a machine that moves: see [`hooks`](crate::migration::hooks).
+    #[allow(dead_code, reason = "asked for by the move of a machine")]
+    pub(crate) fn disks_of(&self, session: MigrationId) -> mpsc::UnboundedReceiver<DisksEvent> {
+        self.sessions.listen(session)
     }
 
     /// All migrations.
@@ -268,7 +364,7 @@ impl Agent {
     }
 }
 
-fn busy(name: &VolumeName, id: MigrationId) -> ErrorBody {
+pub(crate) fn busy(name: &VolumeName, id: MigrationId) -> ErrorBody {
     let message = format!("{name} is migrating already (migration {id})");
     let hint = format!("wait for its end, or end it with `flimcd cancel {name}`");
     refuse(ApiCode::Busy, message, hint)

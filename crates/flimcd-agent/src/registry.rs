@@ -18,11 +18,19 @@ use crate::{
 /// A migration that runs. Its driver holds everything else.
 #[derive(Clone, Debug)]
 pub(crate) struct Running {
-    pub(crate) volume: VolumeName,
+    pub(crate) volumes: Vec<VolumeName>,
     pub(crate) role: Role,
     pub(crate) peer: SiteName,
     pub(crate) commands: mpsc::Sender<Command>,
     pub(crate) status: watch::Receiver<MigrationStatus>,
+}
+
+impl Running {
+    fn shares_with(&self, other: &Self) -> bool {
+        self.volumes
+            .iter()
+            .any(|volume| other.volumes.contains(volume))
+    }
 }
 
 #[derive(Debug)]
@@ -44,11 +52,11 @@ impl Registry {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A migration begins, or goes on after a restart; refused with the one that its volume is in.
+    /// A migration begins, or goes on after a restart; refused with one that a volume of it is in.
     pub(crate) fn begin(&self, id: MigrationId, running: Running) -> Result<(), Running> {
         let mut known = self.known();
         let other = known.iter().find_map(|(&other, known)| match known {
-            Known::Running(other_run) if other == id || other_run.volume == running.volume => {
+            Known::Running(other_run) if other == id || other_run.shares_with(&running) => {
                 Some(other_run.clone())
             }
             _ => None,
@@ -100,9 +108,19 @@ impl Registry {
     /// The running migration of a volume.
     pub(crate) fn running_on(&self, volume: &VolumeName) -> Option<(MigrationId, Running)> {
         self.known().iter().find_map(|(&id, known)| match known {
-            Known::Running(running) if running.volume == *volume => Some((id, running.clone())),
+            Known::Running(running) if running.volumes.contains(volume) => {
+                Some((id, running.clone()))
+            }
             _ => None,
         })
+    }
+
+    /// A running migration.
+    pub(crate) fn running(&self, id: MigrationId) -> Option<Running> {
+        match self.known().get(&id) {
+            Some(Known::Running(running)) => Some(running.clone()),
+            _ => None,
+        }
     }
 
     /// The record of an ended migration.

@@ -1,8 +1,6 @@
 //! The tasks around drivers: how a migration begins, goes on after a restart, and ends.
 
-use flimcd_core::BlockSet;
 use flimcd_migrate::{SourceConfig, SourceMachine, SourceStart, policy::Policy};
-use flimcd_volume::{Ownership, Volume};
 use flimcd_wire::{Message, SourceStage, VolumeOffer};
 use std::{io, sync::Arc};
 use tokio::sync::{mpsc, watch};
@@ -10,11 +8,10 @@ use tokio::sync::{mpsc, watch};
 use crate::{
     agent::Agent,
     api::{MigrateRequest, MigrationStatus, Phase},
-    hosting::Hosted,
-    links::PeerLink,
+    links::{Inbox, PeerLink},
     migration::{
-        Command, Outcome, Setup, SourceDriver, choose_policy, progress::unix_ms,
-        store::MigrationRecord,
+        Command, Outcome, Setup, SourceDriver, choose_policy, hooks::DisksHook, progress::unix_ms,
+        settle, store::MigrationRecord, volumes::VolumeSet,
     },
 };
 
@@ -22,23 +19,25 @@ use crate::{
 pub(crate) struct Begin {
     pub(crate) commands: mpsc::Receiver<Command>,
     pub(crate) status: watch::Sender<MigrationStatus>,
+    /// Of a machine's disks.
+    pub(crate) hook: Option<DisksHook>,
 }
 
 /// Starts the task of a migration whose source is here, from its beginning or from its record.
 pub(crate) fn spawn_source(
     agent: &Arc<Agent>,
-    hosted: Arc<Hosted>,
+    volumes: Arc<VolumeSet>,
     record: MigrationRecord,
     begin: Begin,
     is_fresh: bool,
 ) {
-    let task = run_source(agent.clone(), hosted, record.clone(), begin, is_fresh);
+    let task = run_source(agent.clone(), volumes, record.clone(), begin, is_fresh);
     agent.spawn(guarded(record, task));
 }
 
 async fn run_source(
     agent: Arc<Agent>,
-    hosted: Arc<Hosted>,
+    volumes: Arc<VolumeSet>,
     record: MigrationRecord,
     begin: Begin,
     is_fresh: bool,
@@ -57,17 +56,16 @@ async fn run_source(
             "its record does not say what was asked for",
         );
     };
-    let volume = hosted.volume().clone();
     let prepared = {
-        let volume = volume.clone();
-        tokio::task::spawn_blocking(move || prepare(&volume, is_fresh)).await
+        let (volumes, record) = (volumes.clone(), record.clone());
+        tokio::task::spawn_blocking(move || prepare(&volumes, &record, is_fresh)).await
     };
     let start = match prepared.unwrap_or_else(|panic| Err(io::Error::other(panic))) {
         Ok(start) => start,
         Err(error) if is_fresh => {
-            stop_tracking(&volume);
+            stop_tracking(&volumes);
             let why = format!("finding the data of the volume failed: {error}");
-            return fail(&agent, record, why).await;
+            return fail(&agent, record, begin.hook.as_ref(), why).await;
         }
         Err(error) => {
             let why = format!("finding out what the target lacks failed: {error}");
@@ -79,23 +77,21 @@ async fn run_source(
     link.handle().set_ceiling(ceiling.or(configured));
     let config = SourceConfig {
         migration: record.id,
-        volumes: vec![VolumeOffer {
-            id: volume.id(),
-            name: record.volume.clone(),
-            size: volume.size(),
-        }],
-        session: None,
-        size: volume.size(),
+        volumes: offers(&volumes, &record),
+        session: record.session,
+        size: volumes.layout().size(),
         epoch: record.epoch,
         incarnation: rand::random(),
     };
     let id = record.id;
-    let setup = setup(&agent, &volume, &link, record.clone(), begin);
+    let hook = begin.hook.clone();
+    let inbox = link.register(id);
+    let setup = setup(&agent, &volumes, &link, inbox, record.clone(), begin);
     let ended = match SourceDriver::new(setup, |now| SourceMachine::new(config, policy, start, now))
     {
         Ok(driver) => driver.run().await,
         Err(error) => {
-            stop_tracking(&volume);
+            stop_tracking(&volumes);
             tracing::error!(migration = %id, "the migration's threads cannot be started: {error}");
             (
                 ended_early(record, format!("threads cannot be started: {error}")),
@@ -105,7 +101,21 @@ async fn run_source(
     };
     link.unregister(id);
     link.handle().set_ceiling(configured);
-    finish(&agent, ended).await;
+    finish(&agent, hook.as_ref(), ended).await;
+}
+
+/// What the target is told of the volumes.
+fn offers(volumes: &VolumeSet, record: &MigrationRecord) -> Vec<VolumeOffer> {
+    let offer = |(volume, moved): (&Arc<flimcd_volume::Volume>, _)| {
+        let crate::migration::store::MovedVolume { id, name } = moved;
+        VolumeOffer {
+            id,
+            name,
+            size: volume.size(),
+        }
+    };
+    let moved = record.volumes.iter().cloned();
+    volumes.all().iter().zip(moved).map(offer).collect()
 }
 
 /// Runs the task of a migration. If it panics, the migration stands still and a restart goes on with it:
@@ -116,7 +126,7 @@ pub(crate) async fn guarded(
 ) {
     if let Err(error) = tokio::spawn(task).await {
         tracing::error!(
-            migration = %record.id, volume = %record.volume,
+            migration = %record.id, volumes = %record.names(),
             "the migration's task has failed; restart the agent to go on with it: {error}"
         );
     }
@@ -125,7 +135,7 @@ pub(crate) async fn guarded(
 /// A migration that cannot go on now, and must not be given up: the other side may own the volume.
 pub(crate) fn stall(record: &MigrationRecord, begin: &Begin, why: &str) {
     tracing::error!(
-        migration = %record.id, volume = %record.volume,
+        migration = %record.id, volumes = %record.names(),
         "the migration waits until the agent is started again without this: {why}"
     );
     begin.status.send_modify(|status| {
@@ -136,56 +146,50 @@ pub(crate) fn stall(record: &MigrationRecord, begin: &Begin, why: &str) {
 /// What the driver of a migration is made from.
 pub(crate) fn setup(
     agent: &Arc<Agent>,
-    volume: &Arc<Volume>,
+    volumes: &Arc<VolumeSet>,
     link: &Arc<PeerLink>,
+    inbox: Inbox,
     record: MigrationRecord,
     begin: Begin,
 ) -> Setup {
     Setup {
-        volume: volume.clone(),
-        inbox: link.register(record.id),
+        volumes: volumes.clone(),
+        inbox,
         link: link.clone(),
         commands: begin.commands,
         stop: agent.stop_signal(),
         record,
         store: agent.store.clone(),
         status: begin.status,
+        hook: begin.hook,
     }
 }
 
 /// Begins to track the guest's writes, and finds out what the target lacks.
-fn prepare(volume: &Volume, is_fresh: bool) -> io::Result<SourceStart> {
+fn prepare(
+    volumes: &VolumeSet,
+    record: &MigrationRecord,
+    is_fresh: bool,
+) -> io::Result<SourceStart> {
     if is_fresh {
-        // Writes are marked from before the holes are looked for, so that none is overlooked; and until
-        // that is done, a crash leaves a record that says that everything is lacking.
-        volume.start_tracking(None)?;
-        let data = volume.data_blocks()?;
-        volume.start_tracking(Some(&data))?;
+        let data = volumes.start_tracking_fresh()?;
         return Ok(SourceStart::Fresh { data });
     }
-    let ownership = volume.record().map(|record| record.ownership);
-    let stage = match ownership {
-        Some(Ownership::Prepared { epoch, .. }) => SourceStage::Prepared(epoch.next()),
-        Some(Ownership::Released { epoch, .. }) => SourceStage::Released(epoch),
-        _ => SourceStage::Owner,
-    };
-    let unacked = match volume.unacked()? {
-        Some(unacked) => unacked,
-        // Not known any more, after a reboot: everything may be lacking.
-        None => {
-            if stage == SourceStage::Owner {
-                volume.start_tracking(None)?;
-            }
-            BlockSet::full(volume.size().blocks())
-        }
-    };
+    let offered = record.epoch.next();
+    let stage = settle::source_stage(record.id, offered, &volumes.ownerships());
+    let stage = stage.ok_or_else(|| io::Error::other(CONTRADICTION))?;
+    let unacked = volumes.unacked(stage == SourceStage::Owner)?;
     Ok(SourceStart::Resume { stage, unacked })
 }
 
-/// Drops the dirty marks of a volume whose migration does not go on.
-pub(crate) fn stop_tracking(volume: &Volume) {
-    if let Err(error) = volume.stop_tracking() {
-        tracing::warn!(volume = %volume.name(), "forgetting what a target lacks failed: {error}");
+/// Volumes of one migration whose records cannot have been written by it.
+pub(crate) const CONTRADICTION: &str =
+    "the records of its volumes contradict each other; was one of them put back from a copy?";
+
+/// Drops the dirty marks of volumes whose migration does not go on.
+pub(crate) fn stop_tracking(volumes: &VolumeSet) {
+    if let Err(error) = volumes.stop_tracking() {
+        tracing::warn!("forgetting what a target lacks failed: {error}");
     }
 }
 
@@ -197,14 +201,21 @@ fn policy_of(record: &MigrationRecord) -> Option<Box<dyn Policy>> {
 }
 
 /// Takes note of what a driver came to.
-pub(crate) async fn finish(agent: &Arc<Agent>, (record, outcome): (MigrationRecord, Outcome)) {
+pub(crate) async fn finish(
+    agent: &Arc<Agent>,
+    hook: Option<&DisksHook>,
+    (record, outcome): (MigrationRecord, Outcome),
+) {
     if outcome == Outcome::Paused {
         return;
     }
     tracing::info!(
-        migration = %record.id, volume = %record.volume, role = ?record.role,
+        migration = %record.id, volumes = %record.names(), role = ?record.role,
         "the migration has ended: {}", record.status.phase
     );
+    if let Some(hook) = hook {
+        hook.tell_end(&record);
+    }
     forget_surplus(agent, agent.registry.end(record)).await;
 }
 
@@ -227,11 +238,16 @@ pub(crate) fn ended_early(mut record: MigrationRecord, why: String) -> Migration
 }
 
 /// Ends a migration that could not begin, or go on.
-pub(crate) async fn fail(agent: &Arc<Agent>, record: MigrationRecord, why: String) {
-    tracing::error!(migration = %record.id, volume = %record.volume, "the migration failed: {why}");
+pub(crate) async fn fail(
+    agent: &Arc<Agent>,
+    record: MigrationRecord,
+    hook: Option<&DisksHook>,
+    why: String,
+) {
+    tracing::error!(migration = %record.id, volumes = %record.names(), "the migration failed: {why}");
     let record = ended_early(record, why);
     save(agent, record.clone()).await;
-    finish(agent, (record, Outcome::Ended)).await;
+    finish(agent, hook, (record, Outcome::Ended)).await;
 }
 
 /// Writes a record; a failure is logged.

@@ -217,7 +217,8 @@ async fn migrate(
     bytes: Bytes,
 ) -> Answer<MigrationStatus> {
     let request = body::<MigrateRequest>(&bytes)?;
-    answer(agent.migrate(&parse(&name)?, request).await)
+    let volumes = vec![parse(&name)?];
+    answer(agent.begin_migration(volumes, request, None).await)
 }
 
 /// Lets the volume's migration switch as soon as it is ready.

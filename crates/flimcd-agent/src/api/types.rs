@@ -320,9 +320,12 @@ pub struct MigrationStatus {
     /// Identity, the same on both sides.
     #[schema(value_type = String)]
     pub id: MigrationId,
-    /// The volume that moves.
-    #[schema(value_type = String)]
-    pub volume: VolumeName,
+    /// The volumes that move together.
+    #[schema(value_type = Vec<String>)]
+    pub volumes: Vec<VolumeName>,
+    /// The move of the machine that they belong to, if they move with one.
+    #[schema(value_type = Option<String>)]
+    pub session: Option<MigrationId>,
     /// Which side this agent is.
     pub role: Role,
     /// The other side.
@@ -338,7 +341,7 @@ pub struct MigrationStatus {
     pub link_up: bool,
     /// The source would switch now, and waits until it may.
     pub ready_for_switchover: bool,
-    /// Size of the volume.
+    /// Size of the volumes together.
     pub bytes_total: u64,
     /// Bytes of content that were sent (source) or received (target), compressed as they travelled.
     pub bytes_sent: u64,
@@ -374,6 +377,15 @@ pub struct MigrationStatus {
     pub error: Option<String>,
     /// What the machines reported on the way, newest last, at most 32.
     pub notes: Vec<String>,
+}
+
+impl MigrationStatus {
+    /// The names of its volumes, for people.
+    #[must_use]
+    pub fn names(&self) -> String {
+        let names: Vec<_> = self.volumes.iter().map(VolumeName::as_str).collect();
+        names.join(", ")
+    }
 }
 
 /// What every answer with a status of 400 or more has as its body.

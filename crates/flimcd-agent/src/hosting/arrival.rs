@@ -1,9 +1,9 @@
 //! Volumes that come from a peer: whether they may, whether they fit, and making them.
 
-use flimcd_core::{MigrationId, SiteName, VolumeSize};
+use flimcd_core::{Epoch, MigrationId, SiteName};
 use flimcd_volume::{NewVolume, Ownership, Volume};
-use flimcd_wire::{ErrorCode, Open, WireError};
-use std::{fs, sync::Arc};
+use flimcd_wire::{ErrorCode, Open, VolumeOffer, WireError};
+use std::{collections::BTreeSet, fs, sync::Arc};
 
 use super::{
     DEFAULT_TENANT, Hosted, Hosting, cannot_make,
@@ -15,18 +15,32 @@ use crate::{
 };
 
 impl Hosting {
-    /// Whether a volume that a peer wants to send may come, and fits. Blocks.
+    /// Whether the volumes that a peer wants to send may come, and fit together. Blocks.
     pub(crate) fn check_arrival(&self, open: &Open, config: &Config) -> Result<(), WireError> {
+        let names: BTreeSet<_> = open.volumes.iter().map(|offer| &offer.name).collect();
+        let ids: BTreeSet<_> = open.volumes.iter().map(|offer| offer.id).collect();
+        if names.len() < open.volumes.len() || ids.len() < open.volumes.len() {
+            let text = "the source names a volume twice in one migration";
+            return Err(WireError::new(ErrorCode::PROTOCOL, text));
+        }
+        for offer in &open.volumes {
+            self.check_one(offer, config)?;
+        }
+        let bytes = open.volumes.iter().map(|offer| offer.size.bytes()).sum();
+        self.check_room(bytes, config)
+    }
+
+    fn check_one(&self, offer: &VolumeOffer, config: &Config) -> Result<(), WireError> {
         let site = &config.site;
         let exists = |text: String| Err(WireError::new(ErrorCode::VOLUME_EXISTS, text));
-        if let Some(same) = self.by_id(open.volumes[0].id) {
+        if let Some(same) = self.by_id(offer.id) {
             let record = same.record();
             let name = same.name();
-            if record.size != open.volumes[0].size {
+            if record.size != offer.size {
                 let text = format!(
                     "site {site} has this volume as {name} with {} bytes, but {} are to come; remove it there",
                     record.size.bytes(),
-                    open.volumes[0].size.bytes()
+                    offer.size.bytes()
                 );
                 return Err(WireError::new(ErrorCode::SIZE, text));
             }
@@ -38,23 +52,23 @@ impl Hosting {
                 state => format!("site {site} has this volume already, as {name} ({state})"),
             });
         }
-        if self.slots().contains_key(&open.volumes[0].name) {
+        if self.slots().contains_key(&offer.name) {
             return exists(format!(
                 "site {site} has another volume called {}; rename or remove one of the two",
-                open.volumes[0].name
+                offer.name
             ));
         }
-        let image = self.image_path(&open.volumes[0].name);
+        let image = self.image_path(&offer.name);
         if fs::symlink_metadata(&image).is_ok() {
             return exists(format!(
                 "at site {site} there is a file {} where the image would be; move it away",
                 image.display()
             ));
         }
-        self.check_room(open.volumes[0].size, config)
+        Ok(())
     }
 
-    fn check_room(&self, size: VolumeSize, config: &Config) -> Result<(), WireError> {
+    fn check_room(&self, bytes: u64, config: &Config) -> Result<(), WireError> {
         let room = rustix::fs::statvfs(&self.images_dir).map_err(|error| {
             let text = format!(
                 "the room at site {} cannot be found out: {error}",
@@ -78,11 +92,7 @@ impl Hosting {
             .sum();
         let reserve = config.limits.reserve_bytes();
         let usable = free.saturating_sub(promised).saturating_sub(reserve);
-        let needed = if config.limits.overcommit {
-            1
-        } else {
-            size.bytes()
-        };
+        let needed = if config.limits.overcommit { 1 } else { bytes };
         if needed <= usable {
             return Ok(());
         }
@@ -91,7 +101,7 @@ impl Hosting {
             "site {} has too little room for {} MiB: {} MiB are free in {}, {} MiB of that are promised to \
              other volumes and {} MiB kept in reserve; make room{}",
             config.site,
-            mib(size.bytes()),
+            mib(bytes),
             mib(free),
             self.images_dir.display(),
             mib(promised),
@@ -105,29 +115,54 @@ impl Hosting {
         Err(WireError::new(ErrorCode::NO_SPACE, text))
     }
 
-    /// Makes the volume for an arrival that was checked. Blocks.
+    /// Makes the volumes for an arrival that was checked: all or none. Blocks.
     pub(crate) fn take_in(
         &self,
         open: &Open,
         migration: MigrationId,
         peer: &SiteName,
-    ) -> Result<Arc<Hosted>, WireError> {
-        let failed =
-            |error: ErrorBody| WireError::new(ErrorCode::OTHER, format!("at the target: {error}"));
-        let reservation = self.reserve(&open.volumes[0].name).map_err(failed)?;
+    ) -> Result<Vec<Arc<Hosted>>, WireError> {
+        let mut made: Vec<Arc<Hosted>> = Vec::new();
+        for offer in &open.volumes {
+            match self.make_arriving(offer, open.epoch, migration, peer) {
+                Ok(hosted) => made.push(hosted),
+                Err(error) => {
+                    for hosted in made {
+                        if let Err(error) = self.discard(hosted.name()) {
+                            tracing::error!(volume = %hosted.name(), "cleaning up failed: {error}");
+                        }
+                    }
+                    return Err(WireError::new(
+                        ErrorCode::OTHER,
+                        format!("at the target: {error}"),
+                    ));
+                }
+            }
+        }
+        Ok(made)
+    }
+
+    fn make_arriving(
+        &self,
+        offer: &VolumeOffer,
+        epoch: Epoch,
+        migration: MigrationId,
+        peer: &SiteName,
+    ) -> Result<Arc<Hosted>, ErrorBody> {
+        let reservation = self.reserve(&offer.name)?;
         let new = NewVolume {
-            id: open.volumes[0].id,
-            name: open.volumes[0].name.clone(),
+            id: offer.id,
+            name: offer.name.clone(),
             tenant: DEFAULT_TENANT.to_owned(),
-            image: self.image_path(&open.volumes[0].name),
-            epoch: open.epoch,
+            image: self.image_path(&offer.name),
+            epoch,
             ownership: Ownership::Incoming {
                 migration,
                 peer: peer.clone(),
             },
         };
-        let volume = Volume::create(&self.volumes, new, open.volumes[0].size, &self.options)
-            .map_err(|error| failed(cannot_make(&error)))?;
-        self.put(reservation, &volume, true).map_err(failed)
+        let volume = Volume::create(&self.volumes, new, offer.size, &self.options)
+            .map_err(|error| cannot_make(&error))?;
+        self.put(reservation, &volume, true)
     }
 }

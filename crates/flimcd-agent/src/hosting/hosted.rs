@@ -1,10 +1,8 @@
 //! One volume under care, with its export.
 
 use flimcd_core::{Epoch, MigrationId, SiteName, VolumeName};
-use flimcd_migrate::TargetStart;
 use flimcd_nbd::Server;
 use flimcd_volume::{Ownership, Volume, VolumeRecord};
-use flimcd_wire::TargetStage;
 use std::{
     fs,
     os::unix::fs::MetadataExt,
@@ -13,8 +11,7 @@ use std::{
 };
 
 use crate::{
-    api::{ErrorBody, ExportInfo, OwnershipState, Phase, Role, VolumeInfo},
-    migration::store::MigrationRecord,
+    api::{ErrorBody, ExportInfo, OwnershipState, VolumeInfo},
     ops::not_owner,
 };
 
@@ -85,29 +82,6 @@ impl Hosted {
                 let (state, peer) = state_of(&other);
                 Err(not_owner(self.name(), state, peer))
             }
-        }
-    }
-
-    /// How a migration that its record takes for running has ended, by the volume's own record.
-    pub(crate) fn ended_as(&self, migration: &MigrationRecord) -> Option<Phase> {
-        match (migration.role, self.record().ownership) {
-            (Role::Source, Ownership::Released { complete: true, .. })
-            | (Role::Target, Ownership::Owner { .. }) => Some(Phase::Completed),
-            _ => None,
-        }
-    }
-
-    /// Where a target machine goes on.
-    pub(crate) fn target_start(&self, refused: Option<Epoch>) -> TargetStart {
-        let stage = match self.record().ownership {
-            Ownership::Arriving { epoch, .. } => TargetStage::Owner(epoch),
-            Ownership::Owner { epoch } => TargetStage::Complete(epoch),
-            _ => TargetStage::Incoming,
-        };
-        TargetStart::Resume {
-            stage,
-            refused,
-            missing_blocks: self.volume.missing_count(),
         }
     }
 

@@ -1,8 +1,10 @@
 //! What both drivers are made of: the sources of events, the record, and the published status.
 
 use flimcd_core::Time;
-use flimcd_migrate::DiskError;
-use flimcd_volume::{Volume, VolumeObserver};
+use flimcd_link::Credit;
+use flimcd_migrate::{DiskError, SourceMachine, TargetMachine};
+use flimcd_volume::VolumeObserver;
+use flimcd_wire::Message;
 use std::{
     io,
     sync::Arc,
@@ -11,9 +13,11 @@ use std::{
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use super::{
+    hooks::{DisksEvent, DisksHook},
     port::LinkPort,
     progress::{RateWindow, add_note, unix_ms},
     store::{MigrationRecord, Store},
+    volumes::VolumeSet,
     workers::Workers,
 };
 use crate::{
@@ -24,7 +28,7 @@ use crate::{
 /// How often the status is published while nothing special happens.
 const PUBLISH: Duration = Duration::from_millis(100);
 
-/// Turns what a volume notices into one wake-up of its driver.
+/// Turns what the volumes notice into one wake-up of its driver.
 #[derive(Default)]
 pub(crate) struct Wake(Notify);
 
@@ -42,13 +46,22 @@ impl VolumeObserver for Wake {
     }
 }
 
+/// Where the answer to a command goes.
+pub(crate) type CommandAnswer = oneshot::Sender<Result<(), CommandError>>;
+
 /// What an operator asks of a running migration. The answer comes when it has been passed on.
 #[derive(Debug)]
 pub(crate) enum Command {
     /// Switch as soon as it is ready.
-    Switchover(oneshot::Sender<Result<(), CommandError>>),
+    Switchover(CommandAnswer),
     /// End it before the switch.
-    Cancel(oneshot::Sender<Result<(), CommandError>>),
+    Cancel(CommandAnswer),
+    /// Source, of a machine's disks: the machine has stopped, switch now. Not remembered across a restart.
+    #[allow(dead_code, reason = "asked for by the move of a machine")]
+    SwitchNow(CommandAnswer),
+    /// Target, of a machine's disks: whether the machine could run here now.
+    #[allow(dead_code, reason = "asked for by the move of a machine")]
+    VmReady(bool, CommandAnswer),
 }
 
 /// Why a command was not taken.
@@ -56,6 +69,8 @@ pub(crate) enum Command {
 pub(crate) enum CommandError {
     /// The other side has to be asked.
     OtherSide,
+    /// The disks switch with the machine they belong to.
+    WithMachine,
     /// The target owns the volume, or is about to.
     TooLate,
     /// It could not be recorded.
@@ -66,7 +81,7 @@ pub(crate) enum CommandError {
 pub(crate) enum Event<D> {
     Link(LinkInput),
     Done(D),
-    /// The volume has faults, is drained, or lost its last guest.
+    /// A volume has faults, is drained, or lost its last guest.
     Volume,
     Command(Command),
     /// The link has room again.
@@ -87,7 +102,7 @@ pub(crate) enum Outcome {
 
 /// What a driver is made from.
 pub(crate) struct Setup {
-    pub(crate) volume: Arc<Volume>,
+    pub(crate) volumes: Arc<VolumeSet>,
     pub(crate) link: Arc<PeerLink>,
     pub(crate) inbox: Inbox,
     pub(crate) commands: mpsc::Receiver<Command>,
@@ -95,11 +110,39 @@ pub(crate) struct Setup {
     pub(crate) record: MigrationRecord,
     pub(crate) store: Store,
     pub(crate) status: watch::Sender<MigrationStatus>,
+    /// Of a machine's disks.
+    pub(crate) hook: Option<DisksHook>,
+}
+
+/// The machines of both sides, as far as they hear the same of their link.
+pub(crate) trait LinkedMachine {
+    fn link_up(&mut self, now: Time);
+    fn link_down(&mut self, now: Time);
+}
+
+impl LinkedMachine for SourceMachine {
+    fn link_up(&mut self, now: Time) {
+        self.handle_link_up(now);
+    }
+
+    fn link_down(&mut self, now: Time) {
+        self.handle_link_down(now);
+    }
+}
+
+impl LinkedMachine for TargetMachine {
+    fn link_up(&mut self, now: Time) {
+        self.handle_link_up(now);
+    }
+
+    fn link_down(&mut self, now: Time) {
+        self.handle_link_down(now);
+    }
 }
 
 /// See the module.
 pub(crate) struct Base<D> {
-    pub(crate) volume: Arc<Volume>,
+    pub(crate) volumes: Arc<VolumeSet>,
     pub(crate) port: LinkPort,
     pub(crate) record: MigrationRecord,
     pub(crate) status: MigrationStatus,
@@ -115,6 +158,7 @@ pub(crate) struct Base<D> {
     stop: watch::Receiver<bool>,
     wake: Arc<Wake>,
     published: watch::Sender<MigrationStatus>,
+    hook: Option<DisksHook>,
     published_at: Instant,
     begin: Instant,
     /// Bytes that the link's sockets had carried when this driver began.
@@ -126,11 +170,11 @@ pub(crate) struct Base<D> {
 }
 
 impl<D> Base<D> {
-    /// Starts the workers and begins to observe the volume.
+    /// Starts the workers and begins to observe the volumes.
     pub(crate) fn new(setup: Setup, label: &str) -> io::Result<Self> {
         let (done, answers) = mpsc::unbounded_channel();
         let wake = Arc::<Wake>::default();
-        setup.volume.set_observer(wake.clone());
+        setup.volumes.set_observer(&wake);
         let handle = setup.link.handle();
         Ok(Self {
             link_bytes_before: handle.bytes_sent() + handle.bytes_received(),
@@ -139,7 +183,7 @@ impl<D> Base<D> {
             workers: Workers::start(label)?,
             port: LinkPort::new(setup.link, setup.record.id),
             status: setup.record.status.clone(),
-            volume: setup.volume,
+            volumes: setup.volumes,
             record: setup.record,
             store: setup.store,
             jobs: 0,
@@ -151,6 +195,7 @@ impl<D> Base<D> {
             stop: setup.stop,
             wake,
             published: setup.status,
+            hook: setup.hook,
             published_at: Instant::now(),
             begin: Instant::now(),
         })
@@ -189,6 +234,41 @@ impl<D> Base<D> {
         }
     }
 
+    /// Passes on to the machine what the link did, and returns what the peer said.
+    pub(crate) fn take_link_input(
+        &mut self,
+        machine: &mut impl LinkedMachine,
+        input: LinkInput,
+    ) -> Option<(Message, Credit)> {
+        let now = self.now();
+        match input {
+            LinkInput::Up(generation) => {
+                self.port.set_up(generation);
+                self.status.error = None;
+                machine.link_up(now);
+                None
+            }
+            LinkInput::Down => {
+                self.port.set_down();
+                machine.link_down(now);
+                None
+            }
+            LinkInput::Message(message, credit) => Some((message, credit)),
+        }
+    }
+
+    /// Whether this is about a machine's disks, which switch with the machine.
+    pub(crate) fn has_session(&self) -> bool {
+        self.hook.is_some()
+    }
+
+    /// Tells the move of the machine what happened to its disks, if they belong to one.
+    pub(crate) fn tell(&self, event: DisksEvent) {
+        if let Some(hook) = &self.hook {
+            hook.tell(event);
+        }
+    }
+
     /// A way for a job to answer; the driver counts it as under way from now on.
     pub(crate) fn begin_job(&mut self) -> mpsc::UnboundedSender<D> {
         self.jobs += 1;
@@ -202,7 +282,7 @@ impl<D> Base<D> {
 
     /// Adds a note to the status and to the log.
     pub(crate) fn note(&mut self, text: String) {
-        tracing::warn!(migration = %self.record.id, volume = %self.record.volume, "{text}");
+        tracing::warn!(migration = %self.record.id, volumes = %self.record.names(), "{text}");
         add_note(&mut self.status, text);
     }
 
@@ -210,7 +290,7 @@ impl<D> Base<D> {
     pub(crate) fn set_phase(&mut self, phase: Phase) {
         if self.status.phase != phase {
             tracing::info!(
-                migration = %self.record.id, volume = %self.record.volume, role = ?self.record.role,
+                migration = %self.record.id, volumes = %self.record.names(), role = ?self.record.role,
                 "{} → {phase}", self.status.phase
             );
             self.status.phase = phase;

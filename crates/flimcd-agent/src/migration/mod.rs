@@ -11,17 +11,23 @@
 //! The machine has all the state of a migration; the driver knows only what it has begun and not heard of
 //! again. It never waits for anything but the next event: blocking work is done by [`Workers`], and the
 //! link is only given what it has room for.
+//!
+//! One migration moves one volume or several together, see [`volumes`]; what their records say together is in
+//! [`settle`]. The disks of a machine tell the machine's move how they fare through [`hooks`].
 
 mod base;
+pub(crate) mod hooks;
 mod policies;
 mod port;
 pub(crate) mod progress;
+pub(crate) mod settle;
 mod source;
 pub(crate) mod store;
 mod target;
+pub(crate) mod volumes;
 mod workers;
 
-pub(crate) use base::{Command, CommandError, Outcome, Setup};
+pub(crate) use base::{Command, CommandAnswer, CommandError, Outcome, Setup};
 pub(crate) use policies::choose_policy;
 pub(crate) use source::SourceDriver;
 pub(crate) use target::{TargetBegin, TargetDriver};

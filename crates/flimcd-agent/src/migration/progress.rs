@@ -26,14 +26,15 @@ pub(crate) fn unix_ms() -> u64 {
 /// Status of a migration that begins now.
 pub(crate) fn fresh_status(
     id: MigrationId,
-    volume: VolumeName,
+    volumes: Vec<VolumeName>,
     role: Role,
     peer: SiteName,
     bytes_total: u64,
 ) -> MigrationStatus {
     MigrationStatus {
         id,
-        volume,
+        volumes,
+        session: None,
         role,
         peer,
         strategy: None,

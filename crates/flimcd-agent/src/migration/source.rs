@@ -7,21 +7,19 @@ use flimcd_migrate::{
     Switchover,
 };
 use flimcd_volume::Ownership;
-use flimcd_wire::Entry;
+use flimcd_wire::{Entry, Message};
 use std::{
     io,
     time::{Duration, Instant},
 };
 
 use super::{
-    base::{Base, Command, CommandError, Event, Outcome, Setup, disk_error},
+    base::{Base, Command, CommandAnswer, CommandError, Event, Outcome, Setup, disk_error},
+    hooks::DisksEvent,
     progress::{eta_s, unix_ms},
     store::MigrationRecord,
 };
-use crate::{
-    api::{self, Phase},
-    links::LinkInput,
-};
+use crate::api::{self, Phase};
 
 /// How often dirty marks are drained from the volume.
 const DRAIN: Duration = Duration::from_millis(25);
@@ -37,13 +35,15 @@ pub(crate) struct SourceDriver {
     base: Base<Done>,
     machine: SourceMachine,
     drain_at: Time,
-    /// `Freeze` was begun, and the volume is not drained.
+    /// `Freeze` was begun, and the volumes are not drained.
     freezing: bool,
     stopped_at: Option<Instant>,
     /// Only once asked for, whoever is connected.
     is_manual: bool,
     /// The switch was granted; it is not taken back.
     granted: bool,
+    /// The move of the machine was told that its disks are ready.
+    told_ready: bool,
 }
 
 impl SourceDriver {
@@ -66,6 +66,7 @@ impl SourceDriver {
             stopped_at: None,
             is_manual,
             granted: false,
+            told_ready: false,
         };
         let now = driver.base.now();
         if driver.base.record.switchover_asked {
@@ -74,6 +75,7 @@ impl SourceDriver {
         if driver.base.record.cancel_asked {
             driver.machine.handle_cancel(now);
         }
+        driver.tell_standing();
         Ok(driver)
     }
 
@@ -104,17 +106,11 @@ impl SourceDriver {
     async fn apply(&mut self, event: Event<Done>) {
         let now = self.base.now();
         match event {
-            Event::Link(LinkInput::Up(generation)) => {
-                self.base.port.set_up(generation);
-                self.base.status.error = None;
-                self.machine.handle_link_up(now);
-            }
-            Event::Link(LinkInput::Down) => {
-                self.base.port.set_down();
-                self.machine.handle_link_down(now);
-            }
-            Event::Link(LinkInput::Message(message, _credit)) => {
-                self.machine.handle_message(now, message);
+            Event::Link(input) => {
+                let said = self.base.take_link_input(&mut self.machine, input);
+                if let Some(message) = said.and_then(|(message, _credit)| self.look_at(message)) {
+                    self.machine.handle_message(now, message);
+                }
             }
             Event::Done(Done::Read(seq, result)) => self.machine.handle_read(now, seq, result),
             Event::Done(Done::Persisted(record, result)) => {
@@ -125,6 +121,27 @@ impl SourceDriver {
             Event::Timer => self.tick(now),
             // What there is to do about these is done by `act` and by the caller.
             Event::Room | Event::Stop => {}
+        }
+    }
+
+    /// What is not for the machine: returns the message if it is.
+    fn look_at(&mut self, message: Message) -> Option<Message> {
+        match message {
+            Message::Demand { runs } if !runs.iter().all(|run| self.base.volumes.has(run)) => {
+                self.base
+                    .note("the target asks for blocks that belong to no volume".to_owned());
+                None
+            }
+            message => Some(message),
+        }
+    }
+
+    /// After a restart: tells the machine's move where its disks stand.
+    fn tell_standing(&self) {
+        match self.machine.phase() {
+            SourcePhase::Switching => self.base.tell(DisksEvent::Prepared),
+            SourcePhase::PostCopy | SourcePhase::Retiring => self.base.tell(DisksEvent::Moved),
+            _ => {}
         }
     }
 
@@ -140,7 +157,7 @@ impl SourceDriver {
                 },
             );
             if self.machine.phase().wants_dirty() {
-                let dirty = self.base.volume.take_dirty();
+                let dirty = self.base.volumes.take_dirty();
                 if !dirty.is_empty() {
                     self.base.status.blocks_dirtied += dirty.count();
                     self.machine.handle_dirtied(now, &dirty);
@@ -157,8 +174,9 @@ impl SourceDriver {
     fn consider_guests(&mut self, now: Time) {
         if !self.granted
             && !self.is_manual
+            && !self.base.has_session()
             && self.machine.progress().ready
-            && self.base.volume.connections() == 0
+            && self.base.volumes.connections() == 0
         {
             self.grant(now);
         }
@@ -169,26 +187,42 @@ impl SourceDriver {
         self.machine.handle_switchover(now, Switchover::WhenReady);
     }
 
-    /// Syncs the image while the guest still runs, so that the sync before `Prepared` has little left to do.
+    /// Syncs the images while the guest still runs, so that the sync before `Prepared` has little left to do.
     fn sync_ahead(&mut self) {
-        let volume = self.base.volume.clone();
+        let (volumes, names) = (self.base.volumes.clone(), self.base.record.names());
         self.base.workers.record(move || {
-            if let Err(error) = volume.sync() {
+            if let Err(error) = volumes.sync() {
                 // The one that counts will say so, too.
-                tracing::warn!(volume = %volume.name(), "syncing the image failed: {error}");
+                tracing::warn!(volumes = %names, "syncing the images failed: {error}");
             }
         });
     }
 
     async fn command(&mut self, command: Command) {
+        match command {
+            Command::Switchover(answer) if self.base.has_session() => {
+                let _ = answer.send(Err(CommandError::WithMachine));
+            }
+            Command::VmReady(_, answer) => {
+                let _ = answer.send(Err(CommandError::OtherSide));
+            }
+            Command::SwitchNow(answer) => {
+                let now = self.base.now();
+                self.granted = true;
+                self.machine.handle_switchover(now, Switchover::Now);
+                self.answer(answer);
+            }
+            Command::Switchover(answer) => self.on_record(answer, false).await,
+            Command::Cancel(answer) => self.on_record(answer, true).await,
+        }
+    }
+
+    /// What stays asked for over a restart.
+    async fn on_record(&mut self, answer: CommandAnswer, is_cancel: bool) {
         let too_late = matches!(
             self.machine.phase(),
             SourcePhase::PostCopy | SourcePhase::Retiring | SourcePhase::Completed
         );
-        let (answer, is_cancel) = match command {
-            Command::Switchover(answer) => (answer, false),
-            Command::Cancel(answer) => (answer, true),
-        };
         if too_late && is_cancel {
             let _ = answer.send(Err(CommandError::TooLate));
             return;
@@ -211,6 +245,11 @@ impl SourceDriver {
             self.sync_ahead();
             self.grant(now);
         }
+        self.answer(answer);
+    }
+
+    /// A command was passed on to the machine.
+    fn answer(&mut self, answer: CommandAnswer) {
         self.act();
         self.publish();
         // Whoever asked may have gone away.
@@ -224,9 +263,9 @@ impl SourceDriver {
             while let Some(action) = self.machine.poll_action() {
                 self.start(action);
             }
-            if self.freezing && self.base.volume.is_drained() {
+            if self.freezing && self.base.volumes.is_drained() {
                 self.freezing = false;
-                let dirty = self.base.volume.take_dirty();
+                let dirty = self.base.volumes.take_dirty();
                 self.base.status.blocks_dirtied += dirty.count();
                 let now = self.base.now();
                 self.machine.handle_frozen(now, &dirty);
@@ -248,9 +287,19 @@ impl SourceDriver {
             let now = self.base.now();
             self.consider_guests(now);
         }
+        let is_ready = self.is_ready();
+        if self.base.has_session() && (is_ready || self.told_ready) {
+            self.told_ready = is_ready;
+            self.base.tell(DisksEvent::Ready(is_ready));
+        }
         if is_news || self.base.publish_due() {
             self.publish();
         }
+    }
+
+    /// It would switch now, and waits until it may.
+    fn is_ready(&self) -> bool {
+        self.machine.progress().ready && self.machine.phase() == SourcePhase::PreCopy
     }
 
     fn start(&mut self, action: SourceAction) {
@@ -261,7 +310,7 @@ impl SourceDriver {
                 compress,
             } => self.read(seq, range, compress),
             SourceAction::MarkClean(ranges) => {
-                if let Err(error) = self.base.volume.mark_clean(&ranges) {
+                if let Err(error) = self.base.volumes.mark_clean(&ranges) {
                     self.base.note(format!(
                         "cannot record what the target has, so a restart will send more than \
                          needed: {error}"
@@ -271,15 +320,15 @@ impl SourceDriver {
             SourceAction::Freeze => {
                 self.stopped_at = Some(Instant::now());
                 self.freezing = true;
-                self.base.volume.freeze();
+                self.base.volumes.freeze();
             }
             SourceAction::Thaw => {
                 self.freezing = false;
                 self.stopped_at = None;
-                self.base.volume.thaw();
+                self.base.volumes.thaw();
             }
             SourceAction::Persist(record) => self.persist(record),
-            SourceAction::Release => self.base.volume.release(),
+            SourceAction::Release => self.base.volumes.release(),
             SourceAction::SetPacing(is_on) => {
                 self.base.port.link().set_pacing(self.base.record.id, is_on);
             }
@@ -288,15 +337,15 @@ impl SourceDriver {
 
     fn read(&mut self, seq: Seq, range: BlockRange, compress: bool) {
         // The marks are cleared here and now, the content is read later.
-        let sending = self.base.volume.begin_send(range);
-        let volume = self.base.volume.clone();
+        let begun = self.base.volumes.begin_send(range);
         let done = self.base.begin_job();
         self.base.workers.any_order(move |tools| {
-            let bytes = range.bytes(volume.size()).len();
-            let length = usize::try_from(bytes).unwrap_or(usize::MAX);
-            tools.buffer.resize(length, 0);
-            let result = sending
-                .read(&mut tools.buffer)
+            let read = begun.and_then(|(sending, bytes)| {
+                let length = usize::try_from(bytes).map_err(io::Error::other)?;
+                tools.buffer.resize(length, 0);
+                sending.read(&mut tools.buffer)
+            });
+            let result = read
                 .map(|()| {
                     let encoder = if compress {
                         &mut tools.pack
@@ -313,25 +362,25 @@ impl SourceDriver {
     }
 
     fn persist(&mut self, record: SourceRecord) {
-        let (volume, done) = (self.base.volume.clone(), self.base.begin_job());
+        let (volumes, done) = (self.base.volumes.clone(), self.base.begin_job());
         let (migration, peer) = (self.base.record.id, self.base.record.peer.clone());
-        let epoch = self.base.record.epoch;
-        let ownership = match record {
-            SourceRecord::Owner => Ownership::Owner { epoch },
+        // `own` is the volume's own epoch: the migration's is the highest of them.
+        let ownership = move |own| match record {
+            SourceRecord::Owner => Ownership::Owner { epoch: own },
             SourceRecord::Prepared(_) => Ownership::Prepared {
-                epoch,
+                epoch: own,
                 migration,
-                peer,
+                peer: peer.clone(),
             },
-            SourceRecord::Released(epoch) => released(epoch, migration, peer, false),
-            SourceRecord::Retired(epoch) => released(epoch, migration, peer, true),
+            SourceRecord::Released(epoch) => released(epoch, migration, peer.clone(), false),
+            SourceRecord::Retired(epoch) => released(epoch, migration, peer.clone(), true),
         };
         self.base.workers.record(move || {
-            let result = volume
-                .set_ownership(ownership)
+            let result = volumes
+                .record(ownership)
                 .map_err(|error| disk_error("writing the volume's record", &error));
             let result = match (record, result) {
-                (SourceRecord::Owner, Ok(())) => volume
+                (SourceRecord::Owner, Ok(())) => volumes
                     .stop_tracking()
                     .map_err(|error| disk_error("forgetting what the target lacks", &error)),
                 (_, result) => result,
@@ -344,7 +393,13 @@ impl SourceDriver {
         match event {
             // Not a phase to people: what it returns from says more, and its end follows at once.
             SourceEvent::Phase(SourcePhase::Returning) => {}
-            SourceEvent::Phase(phase) => self.base.set_phase(api_phase(phase)),
+            SourceEvent::Phase(phase) => {
+                // Not what it has left again already.
+                if phase == SourcePhase::Switching && self.machine.phase() == phase {
+                    self.base.tell(DisksEvent::Prepared);
+                }
+                self.base.set_phase(api_phase(phase));
+            }
             SourceEvent::ReadyForSwitchover => {
                 tracing::info!(migration = %self.base.record.id, "ready for the switchover");
                 self.sync_ahead();
@@ -362,18 +417,21 @@ impl SourceDriver {
                 self.base.status.missing_blocks_at_switch =
                     Some(self.machine.progress().blocks_left);
                 tracing::info!(
-                    migration = %self.base.record.id, volume = %self.base.record.volume,
-                    downtime_ms = downtime, "the target owns the volume"
+                    migration = %self.base.record.id, volumes = %self.base.record.names(),
+                    downtime_ms = downtime, "the target owns what moves"
                 );
                 drop(self.base.save_record());
+                self.base.tell(DisksEvent::Moved);
             }
-            SourceEvent::Completed | SourceEvent::Cancelled => {}
+            SourceEvent::Completed => self.base.tell(DisksEvent::Completed),
+            SourceEvent::Cancelled => self.base.tell(DisksEvent::Ended(Ok(()))),
             SourceEvent::Failed(error) => {
                 let text = error.text;
                 tracing::error!(
-                    migration = %self.base.record.id, volume = %self.base.record.volume,
+                    migration = %self.base.record.id, volumes = %self.base.record.names(),
                     "the migration failed: {text}"
                 );
+                self.base.tell(DisksEvent::Ended(Err(text.clone())));
                 self.base.status.error = Some(text);
             }
             SourceEvent::Note(text) => self.base.note(text),
@@ -383,8 +441,9 @@ impl SourceDriver {
     fn publish(&mut self) {
         let progress = self.machine.progress();
         let phase = self.machine.phase();
+        let is_ready = self.is_ready();
         let status = &mut self.base.status;
-        status.ready_for_switchover = progress.ready && phase == SourcePhase::PreCopy;
+        status.ready_for_switchover = is_ready;
         status.bytes_sent = self.base.sent_before + progress.content_bytes_sent;
         status.blocks_pending = progress.blocks_left;
         status.guest_reads = progress.target.guest_reads;

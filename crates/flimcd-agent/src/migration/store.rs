@@ -16,9 +16,16 @@ use std::{
 use crate::api::{MigrateRequest, MigrationStatus, Role};
 
 /// Version of the files' format.
-const FORMAT: u32 = 1;
-/// Ended migrations that are kept per volume.
+const FORMAT: u32 = 2;
+/// Ended migrations that are kept of the same volumes.
 const KEPT_PER_VOLUME: usize = 10;
+
+/// One of the volumes of a migration.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct MovedVolume {
+    pub(crate) id: VolumeId,
+    pub(crate) name: VolumeName,
+}
 
 /// What is known durably of one migration.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -27,10 +34,12 @@ pub(crate) struct MigrationRecord {
     pub(crate) format: u32,
     pub(crate) id: MigrationId,
     pub(crate) role: Role,
-    pub(crate) volume_id: VolumeId,
-    pub(crate) volume: VolumeName,
+    /// In the order of the layout.
+    pub(crate) volumes: Vec<MovedVolume>,
     pub(crate) peer: SiteName,
-    /// The source's epoch when the migration began.
+    /// The session of the machine that the volumes belong to, if they move with one.
+    pub(crate) session: Option<MigrationId>,
+    /// The source's epoch when the migration began: the highest of the volumes'.
     pub(crate) epoch: Epoch,
     /// What was asked for; at the source only.
     pub(crate) request: Option<MigrateRequest>,
@@ -50,7 +59,7 @@ impl MigrationRecord {
     /// A record of a migration that begins.
     pub(crate) fn new(
         role: Role,
-        volume_id: VolumeId,
+        volumes: Vec<MovedVolume>,
         epoch: Epoch,
         request: Option<MigrateRequest>,
         status: MigrationStatus,
@@ -59,9 +68,9 @@ impl MigrationRecord {
             format: FORMAT,
             id: status.id,
             role,
-            volume_id,
-            volume: status.volume.clone(),
+            volumes,
             peer: status.peer.clone(),
+            session: status.session,
             epoch,
             request,
             switchover_asked: false,
@@ -70,6 +79,11 @@ impl MigrationRecord {
             farewell_due: false,
             status,
         }
+    }
+
+    /// The names of its volumes, for people.
+    pub(crate) fn names(&self) -> String {
+        self.status.names()
     }
 
     /// Whether nothing is left to do.
@@ -146,15 +160,16 @@ fn read(path: &Path) -> io::Result<MigrationRecord> {
     Ok(record)
 }
 
-/// Ended migrations that are too many for their volume, oldest first. Those that the target has
+/// Ended migrations that are too many for their volumes, oldest first. Those that the target has
 /// still to be told of are never among them.
 pub(crate) fn surplus<'a>(ended: impl Iterator<Item = &'a MigrationRecord>) -> Vec<MigrationId> {
-    let mut by_volume: BTreeMap<&VolumeName, Vec<&MigrationRecord>> = BTreeMap::new();
+    let mut by_volumes: BTreeMap<&[VolumeName], Vec<&MigrationRecord>> = BTreeMap::new();
     for record in ended {
-        by_volume.entry(&record.volume).or_default().push(record);
+        let records = by_volumes.entry(&record.status.volumes).or_default();
+        records.push(record);
     }
     let mut surplus = Vec::new();
-    for mut records in by_volume.into_values() {
+    for mut records in by_volumes.into_values() {
         records.sort_by_key(|record| record.status.ended_unix_ms);
         let many = records.len().saturating_sub(KEPT_PER_VOLUME);
         let old = records[..many].iter();
@@ -174,14 +189,18 @@ mod tests {
     fn record(id: u64, phase: Phase) -> MigrationRecord {
         let mut status = fresh_status(
             MigrationId(id),
-            "vm".parse().unwrap(),
+            vec!["vm".parse().unwrap()],
             Role::Source,
             "lisbon".parse().unwrap(),
             4096,
         );
         status.phase = phase;
         status.ended_unix_ms = phase.has_ended().then_some(id);
-        MigrationRecord::new(Role::Source, VolumeId(7), Epoch(3), None, status)
+        let volumes = vec![MovedVolume {
+            id: VolumeId(7),
+            name: "vm".parse().unwrap(),
+        }];
+        MigrationRecord::new(Role::Source, volumes, Epoch(3), None, status)
     }
 
     #[test]

@@ -7,8 +7,8 @@ use flimcd_migrate::{
     ApplyId, DiskError, SyncId, TargetAction, TargetConfig, TargetEvent, TargetMachine,
     TargetPhase, TargetStart,
 };
-use flimcd_volume::{ApplyData, Ownership, Volume};
-use flimcd_wire::Blocks;
+use flimcd_volume::{ApplyData, Volume};
+use flimcd_wire::{Blocks, Entry, Message};
 use std::{
     io,
     time::{Duration, Instant},
@@ -16,11 +16,13 @@ use std::{
 
 use super::{
     base::{Base, Command, CommandError, Event, Outcome, Setup, disk_error},
+    hooks::DisksEvent,
     progress::unix_ms,
     store::MigrationRecord,
+    volumes::VolumeSet,
     workers::Tools,
 };
-use crate::{api::Phase, links::LinkInput};
+use crate::api::Phase;
 
 /// How often it is looked at what the guest has done.
 const LOOK: Duration = Duration::from_millis(50);
@@ -75,6 +77,9 @@ impl TargetDriver {
     pub(crate) async fn run(mut self) -> (MigrationRecord, Outcome, bool) {
         // The machine tells of changes only.
         self.base.set_phase(api_phase(self.machine.phase()));
+        if self.machine.phase().owns() {
+            self.base.tell(DisksEvent::Owned);
+        }
         self.act();
         self.publish();
         loop {
@@ -108,18 +113,14 @@ impl TargetDriver {
     fn apply(&mut self, event: Event<Done>) {
         let now = self.base.now();
         match event {
-            Event::Link(LinkInput::Up(generation)) => {
-                self.base.port.set_up(generation);
-                self.base.status.error = None;
-                self.machine.handle_link_up(now);
-            }
-            Event::Link(LinkInput::Down) => {
-                self.base.port.set_down();
-                self.machine.handle_link_down(now);
-            }
-            Event::Link(LinkInput::Message(message, credit)) => {
-                self.credit = Some(credit);
-                self.machine.handle_message(now, message);
+            Event::Link(input) => {
+                let said = self.base.take_link_input(&mut self.machine, input);
+                if let Some((message, credit)) = said
+                    && let Some(message) = self.look_at(message)
+                {
+                    self.credit = Some(credit);
+                    self.machine.handle_message(now, message);
+                }
             }
             Event::Done(done) => self.answer(now, done),
             Event::Volume => self.take_faults(now),
@@ -138,12 +139,40 @@ impl TargetDriver {
         }
     }
 
+    /// What is not for the machine: returns the message if it is.
+    fn look_at(&mut self, message: Message) -> Option<Message> {
+        match message {
+            Message::Open(open)
+                if !open.volumes.iter().map(|volume| volume.id).eq(self
+                    .base
+                    .record
+                    .volumes
+                    .iter()
+                    .map(|volume| volume.id)) =>
+            {
+                self.base
+                    .note("the source speaks of other volumes than it did before".to_owned());
+                None
+            }
+            // Before the switch it is not written, and ends the migration; later nothing may end it.
+            Message::Blocks(blocks)
+                if self.machine.phase().owns()
+                    && !blocks.ranges().all(|run| self.base.volumes.has(run)) =>
+            {
+                self.base
+                    .note("the source sent blocks that belong to no volume".to_owned());
+                None
+            }
+            message => Some(message),
+        }
+    }
+
     fn answer(&mut self, now: Time, done: Done) {
         match done {
             Done::Applied(id, result) => {
                 self.machine.handle_applied(now, id, result);
                 if self.machine.phase().owns() {
-                    let missing = self.base.volume.missing_count();
+                    let missing = self.base.volumes.missing_count();
                     self.machine.handle_missing(now, missing);
                 }
             }
@@ -165,7 +194,7 @@ impl TargetDriver {
 
     /// Tells the machine what the guest needs.
     fn take_faults(&mut self, now: Time) {
-        while let Some(range) = self.base.volume.poll_fault() {
+        while let Some(range) = self.base.volumes.poll_fault() {
             self.machine.handle_fault(now, range);
         }
     }
@@ -175,23 +204,29 @@ impl TargetDriver {
         if self.machine.phase() != TargetPhase::PostCopy {
             return;
         }
-        let overwritten = self.base.volume.take_overwritten();
+        let overwritten = self.base.volumes.take_overwritten();
         if !overwritten.is_empty() {
             self.machine.handle_overwritten(now, &overwritten);
         }
-        let stats = self.base.volume.stats();
+        let guest = self.base.volumes.guest_reads();
         self.machine.handle_guest_stats(
             now,
-            self.reads_before + stats.guest_reads,
-            self.reads_missed_before + stats.guest_reads_missed,
+            self.reads_before + guest.reads,
+            self.reads_missed_before + guest.missed,
         );
-        let missing = self.base.volume.missing_count();
+        let missing = self.base.volumes.missing_count();
         self.machine.handle_missing(now, missing);
     }
 
     fn command(&mut self, now: Time, command: Command) {
         let (answer, result) = match command {
-            Command::Switchover(answer) => (answer, Err(CommandError::OtherSide)),
+            Command::Switchover(answer) | Command::SwitchNow(answer) => {
+                (answer, Err(CommandError::OtherSide))
+            }
+            Command::VmReady(is_ready, answer) => {
+                self.machine.handle_vm_ready(now, is_ready);
+                (answer, Ok(()))
+            }
             Command::Cancel(answer) if self.machine.phase() == TargetPhase::Incoming => {
                 self.machine.handle_cancel(now);
                 (answer, Ok(()))
@@ -232,7 +267,7 @@ impl TargetDriver {
         match action {
             TargetAction::Apply { id, blocks } => self.write(id, blocks),
             TargetAction::Sync(id) => {
-                self.record(move |volume| Done::Synced(id, sync(volume)));
+                self.record(move |volumes| Done::Synced(id, sync(volumes)));
             }
             TargetAction::BecomeOwner { epoch, missing } => self.become_owner(epoch, missing),
             TargetAction::Refuse { epoch } => {
@@ -246,18 +281,22 @@ impl TargetDriver {
                 });
             }
             TargetAction::RequeueFaults => {
-                self.base.volume.requeue_faults();
+                self.base.volumes.requeue_faults();
                 let now = self.base.now();
                 self.take_faults(now);
             }
             TargetAction::AskForMissing { blocks } => {
                 let now = self.base.now();
-                for range in self.base.volume.first_missing(blocks) {
+                for range in self.base.volumes.first_missing(blocks) {
                     self.machine.handle_fault(now, range);
                 }
             }
             TargetAction::Complete { epoch } => {
-                self.record(move |volume| Done::Completed(complete(volume, epoch)));
+                self.record(move |volumes| {
+                    let result = volumes.complete(epoch);
+                    let what = "recording that everything is here";
+                    Done::Completed(result.map_err(|error| disk_error(what, &error)))
+                });
             }
             TargetAction::Discard => self.discard = true,
         }
@@ -266,12 +305,12 @@ impl TargetDriver {
     fn write(&mut self, id: ApplyId, blocks: Blocks) {
         let ranges: Vec<BlockRange> = blocks.ranges().collect();
         self.base.status.bytes_sent += blocks.payload.len() as u64;
-        let (volume, done) = (self.base.volume.clone(), self.base.begin_job());
+        let (volumes, done) = (self.base.volumes.clone(), self.base.begin_job());
         let credit = self.credit.take();
         self.base
             .workers
             .in_order(ranges.into_iter(), move |tools| {
-                let result = write_blocks(&volume, tools, &blocks);
+                let result = write_blocks(&volumes, tools, &blocks);
                 drop(credit);
                 // The driver is gone when the agent stops.
                 let _ = done.send(Done::Applied(id, result));
@@ -281,22 +320,17 @@ impl TargetDriver {
     fn become_owner(&mut self, epoch: Epoch, missing: BlockSet) {
         let (migration, peer) = (self.base.record.id, self.base.record.peer.clone());
         self.base.status.missing_blocks_at_switch = Some(missing.count());
-        self.record(move |volume| {
-            let ownership = Ownership::Arriving {
-                epoch,
-                migration,
-                peer,
-            };
-            let result = volume.take_over(missing, ownership);
-            let what = "taking the volume over";
+        self.record(move |volumes| {
+            let result = volumes.take_over(missing, epoch, migration, &peer);
+            let what = "taking over what moves";
             Done::Owner(epoch, result.map_err(|error| disk_error(what, &error)))
         });
     }
 
-    fn record(&mut self, job: impl FnOnce(&Volume) -> Done + Send + 'static) {
-        let (volume, done) = (self.base.volume.clone(), self.base.begin_job());
+    fn record(&mut self, job: impl FnOnce(&VolumeSet) -> Done + Send + 'static) {
+        let (volumes, done) = (self.base.volumes.clone(), self.base.begin_job());
         self.base.workers.record(move || {
-            let _ = done.send(job(&volume));
+            let _ = done.send(job(&volumes));
         });
     }
 
@@ -306,17 +340,20 @@ impl TargetDriver {
             TargetEvent::Arrived(epoch) => {
                 self.base.status.switched_unix_ms = Some(unix_ms());
                 tracing::info!(
-                    migration = %self.base.record.id, volume = %self.base.record.volume, %epoch,
-                    "the volume is owned here"
+                    migration = %self.base.record.id, volumes = %self.base.record.names(), %epoch,
+                    "what moves is owned here"
                 );
                 drop(self.base.save_record());
+                self.base.tell(DisksEvent::Owned);
             }
-            TargetEvent::Completed | TargetEvent::Cancelled => {}
+            TargetEvent::Completed => self.base.tell(DisksEvent::Completed),
+            TargetEvent::Cancelled => self.base.tell(DisksEvent::Ended(Ok(()))),
             TargetEvent::Failed(error) => {
                 tracing::error!(
-                    migration = %self.base.record.id, volume = %self.base.record.volume,
+                    migration = %self.base.record.id, volumes = %self.base.record.names(),
                     "the migration failed: {}", error.text
                 );
+                self.base.tell(DisksEvent::Ended(Err(error.text.clone())));
                 self.base.status.error = Some(error.text);
             }
             TargetEvent::Note(text) => self.base.note(text),
@@ -342,40 +379,31 @@ impl TargetDriver {
 }
 
 /// Unpacks and writes one message.
-fn write_blocks(volume: &Volume, tools: &mut Tools, blocks: &Blocks) -> Result<(), DiskError> {
+fn write_blocks(volumes: &VolumeSet, tools: &mut Tools, blocks: &Blocks) -> Result<(), DiskError> {
     for (entry, payload) in blocks.parts() {
-        let decoded = tools
-            .unpack
-            .decode(&entry, &payload, volume.size())
-            .map_err(|error| DiskError {
-                no_space: false,
-                text: error.to_string(),
-            })?;
-        let data = match decoded {
-            Decoded::Zeroes => ApplyData::Zeroes,
-            Decoded::Bytes(bytes) => ApplyData::Bytes(bytes),
-        };
-        volume
-            .apply(entry.range, data)
+        volumes
+            .apply(entry, |volume, within| {
+                write_entry(volume, tools, within, &payload)
+            })
             .map_err(|error| disk_error(&format!("writing blocks {:?}", entry.range), &error))?;
     }
     Ok(())
 }
 
-fn sync(volume: &Volume) -> Result<(), DiskError> {
-    volume
-        .sync()
-        .map_err(|error| disk_error("making content durable", &error))
+fn write_entry(volume: &Volume, tools: &mut Tools, entry: Entry, payload: &[u8]) -> io::Result<()> {
+    let decoded = tools.unpack.decode(&entry, payload, volume.size());
+    let data = match decoded.map_err(io::Error::other)? {
+        Decoded::Zeroes => ApplyData::Zeroes,
+        Decoded::Bytes(bytes) => ApplyData::Bytes(bytes),
+    };
+    volume.apply(entry.range, data)?;
+    Ok(())
 }
 
-fn complete(volume: &Volume, epoch: Epoch) -> Result<(), DiskError> {
-    sync(volume)?;
-    volume
-        .set_ownership(Ownership::Owner { epoch })
-        .map_err(|error| disk_error("writing the volume's record", &error))?;
-    volume
-        .finish_postcopy()
-        .map_err(|error| disk_error("ending post-copy", &error))
+fn sync(volumes: &VolumeSet) -> Result<(), DiskError> {
+    volumes
+        .sync()
+        .map_err(|error| disk_error("making content durable", &error))
 }
 
 const fn api_phase(phase: TargetPhase) -> Phase {

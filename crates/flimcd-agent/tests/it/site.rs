@@ -246,7 +246,7 @@ pub(crate) async fn ended(client: &Client, volume: &str) -> MigrationStatus {
         };
         last = all
             .into_iter()
-            .rfind(|status| status.volume.as_str() == volume);
+            .rfind(|status| status.volumes.contains(&name(volume)));
         last.as_ref().is_some_and(|status| status.phase.has_ended())
     })
     .await;
@@ -262,7 +262,7 @@ pub(crate) async fn in_phase(client: &Client, volume: &str, phase: Phase) -> Mig
         };
         last = all
             .into_iter()
-            .rfind(|status| status.volume.as_str() == volume);
+            .rfind(|status| status.volumes.contains(&name(volume)));
         last.as_ref()
             .is_some_and(|status| status.phase == phase || status.phase.has_ended())
     })

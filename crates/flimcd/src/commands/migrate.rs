@@ -44,11 +44,11 @@ pub(crate) async fn run(args: &MigrateArgs) -> anyhow::Result<ExitCode> {
     } else {
         println!(
             "migration {} of {} to {} has begun",
-            status.id, status.volume, status.peer
+            status.id, args.volume, status.peer
         );
         println!(
             "`flimcd status --watch` shows it, `flimcd cancel {}` ends it",
-            status.volume
+            args.volume
         );
     }
     Ok(ExitCode::SUCCESS)
@@ -59,11 +59,12 @@ pub(crate) async fn switchover(args: &OneVolumeArgs) -> anyhow::Result<ExitCode>
     if args.json {
         print_json(&status)?;
     } else if status.ready_for_switchover || status.phase != Phase::Precopy {
-        println!("{} switches to {}", status.volume, status.peer);
+        println!("{} switches to {}", status.names(), status.peer);
     } else {
         println!(
             "{} switches to {} as soon as it is ready",
-            status.volume, status.peer
+            status.names(),
+            status.peer
         );
     }
     Ok(ExitCode::SUCCESS)
@@ -76,7 +77,8 @@ pub(crate) async fn cancel(args: &OneVolumeArgs) -> anyhow::Result<ExitCode> {
     } else {
         println!(
             "the migration of {} to {} is cancelled; the guest was not touched",
-            status.volume, status.peer
+            status.names(),
+            status.peer
         );
     }
     Ok(ExitCode::SUCCESS)
@@ -96,7 +98,7 @@ struct Wait<'a> {
 
 impl<'a> Wait<'a> {
     fn new(client: Client, args: &'a MigrateArgs, status: MigrationStatus) -> Self {
-        let progress = (!args.json).then(|| Progress::new(status.volume.to_string()));
+        let progress = (!args.json).then(|| Progress::new(status.names()));
         Self {
             client,
             args,
@@ -150,7 +152,7 @@ impl<'a> Wait<'a> {
 
     /// Ctrl-C: whether to leave at once.
     async fn interrupt(&mut self) -> anyhow::Result<bool> {
-        let volume = self.status.volume.clone();
+        let volume = self.args.volume.clone();
         if self.cancelling {
             self.say("not waiting for the cancellation any longer; `flimcd status` shows what became of it");
             return Ok(true);
@@ -204,7 +206,7 @@ impl<'a> Wait<'a> {
     fn finish(mut self) -> anyhow::Result<ExitCode> {
         self.progress = None;
         let status = &self.status;
-        let (volume, peer) = (&status.volume, &status.peer);
+        let (volume, peer) = (status.names(), &status.peer);
         match status.phase {
             Phase::Completed => {
                 if !self.args.json {
@@ -246,7 +248,7 @@ fn summary(status: &MigrationStatus) -> String {
     });
     format!(
         "{} is at {}: {}{downtime}, {} on the link, {} misses in {} reads after the switch",
-        status.volume,
+        status.names(),
         status.peer,
         format::seconds(took),
         format::bytes(status.bytes_on_link),

@@ -93,7 +93,7 @@ fn migrations(migrations: &[MigrationStatus]) -> String {
         out.push_str(&format!(
             "{} {} {direction} {}: {}\n",
             migration.id,
-            migration.volume,
+            migration.names(),
             migration.peer,
             progress::line(migration)
         ));

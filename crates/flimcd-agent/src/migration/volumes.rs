@@ -1,0 +1,405 @@
+//! The volumes of one migration, as one range of blocks.
+//!
+//! A machine knows one range of blocks and one owner. [`VolumeSet`] is the volumes behind it, laid out by a
+//! [`VolumeLayout`]: block sets and runs are shifted into the layout on the way to the machine and back on the
+//! way to a volume. One volume alone lies at 0, and everything is passed through as it is.
+//!
+//! Blocks between the volumes belong to none. Only a peer that does not keep to the layout names them; that is an
+//! error of the disk to the machine ([`io::ErrorKind::InvalidInput`]) and never a panic.
+//!
+//! Each volume has a durable record of its own, so what is done to all of them is done to one after the other or
+//! side by side, and a crash can come between. What that means is decided in one place: see
+//! [`settle`](super::settle).
+
+use flimcd_core::{BlockRange, BlockSet, Epoch, InvalidSize, MigrationId, SiteName, VolumeLayout};
+use flimcd_volume::{Ownership, Sending, Volume, VolumeObserver, rules::Mode};
+use flimcd_wire::Entry;
+use std::{io, sync::Arc, thread};
+
+/// See the module.
+pub(crate) struct VolumeSet {
+    volumes: Vec<Arc<Volume>>,
+    layout: VolumeLayout,
+}
+
+/// Reads and misses of all guests.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct GuestReads {
+    pub(crate) reads: u64,
+    pub(crate) missed: u64,
+}
+
+impl VolumeSet {
+    /// The volumes, in the order that both sides know.
+    pub(crate) fn new(volumes: Vec<Arc<Volume>>) -> Result<Arc<Self>, InvalidSize> {
+        let layout = VolumeLayout::new(volumes.iter().map(|volume| volume.size()))?;
+        Ok(Arc::new(Self { volumes, layout }))
+    }
+
+    /// The volumes themselves, in their order.
+    pub(crate) fn all(&self) -> &[Arc<Volume>] {
+        &self.volumes
+    }
+
+    /// Where each lies.
+    pub(crate) fn layout(&self) -> &VolumeLayout {
+        &self.layout
+    }
+
+    /// Whether a run lies in one of the volumes as a whole.
+    pub(crate) fn has(&self, range: BlockRange) -> bool {
+        self.layout.locate(range).is_some()
+    }
+
+    /// The volume that a run lies in, and the run as that volume knows it.
+    fn locate(&self, range: BlockRange) -> io::Result<(&Arc<Volume>, BlockRange)> {
+        let found = self.layout.locate(range);
+        let (index, within) = found.ok_or_else(|| outside(range))?;
+        Ok((&self.volumes[index], within))
+    }
+
+    /// Each volume with its first block in the layout.
+    fn placed(&self) -> impl Iterator<Item = (&Arc<Volume>, u64)> {
+        let starts = self.layout.all_blocks().map(|blocks| blocks.start);
+        self.volumes.iter().zip(starts)
+    }
+
+    // ---- sets --------------------------------------------------------------------------------
+
+    /// One set of all that `of` says of each volume.
+    fn gather(&self, mut of: impl FnMut(&Volume) -> io::Result<BlockSet>) -> io::Result<BlockSet> {
+        if let [only] = &self.volumes[..] {
+            return of(only);
+        }
+        let mut all = BlockSet::new(self.layout.size().blocks());
+        for (volume, start) in self.placed() {
+            for run in of(volume)?.runs() {
+                all.insert_range(shift_out(run, start));
+            }
+        }
+        Ok(all)
+    }
+
+    /// A set by volume; an error if it has blocks of none.
+    fn scatter(&self, set: BlockSet) -> io::Result<Vec<BlockSet>> {
+        if self.volumes.len() == 1 {
+            return Ok(vec![set]);
+        }
+        let mut parts: Vec<_> = self
+            .volumes
+            .iter()
+            .map(|volume| BlockSet::new(volume.size().blocks()))
+            .collect();
+        for run in set.runs() {
+            let (index, within) = self.layout.locate(run).ok_or_else(|| outside(run))?;
+            parts[index].insert_range(within);
+        }
+        Ok(parts)
+    }
+
+    /// Does something with each volume, with several side by side. All are tried; the first error counts.
+    fn each(&self, work: impl Fn(usize, &Arc<Volume>) -> io::Result<()> + Sync) -> io::Result<()> {
+        if let [only] = &self.volumes[..] {
+            return work(0, only);
+        }
+        let work = &work;
+        thread::scope(|scope| {
+            let begun: Vec<_> = self
+                .volumes
+                .iter()
+                .enumerate()
+                .map(|(index, volume)| scope.spawn(move || work(index, volume)))
+                .collect();
+            let mut result = Ok(());
+            for thread in begun {
+                let ended = thread
+                    .join()
+                    .unwrap_or_else(|_| Err(io::Error::other("the work on a volume panicked")));
+                result = result.and(ended);
+            }
+            result
+        })
+    }
+
+    // ---- both sides --------------------------------------------------------------------------
+
+    /// Who is told what happens in any of them from now on.
+    pub(crate) fn set_observer(&self, observer: &Arc<impl VolumeObserver + 'static>) {
+        for volume in &self.volumes {
+            volume.set_observer(observer.clone());
+        }
+    }
+
+    /// Guest connections that are open.
+    pub(crate) fn connections(&self) -> usize {
+        self.volumes.iter().map(|volume| volume.connections()).sum()
+    }
+
+    /// What guests have read.
+    pub(crate) fn guest_reads(&self) -> GuestReads {
+        let mut sum = GuestReads::default();
+        for volume in &self.volumes {
+            let stats = volume.stats();
+            sum.reads += stats.guest_reads;
+            sum.missed += stats.guest_reads_missed;
+        }
+        sum
+    }
+
+    /// Makes durable what was written before the call.
+    pub(crate) fn sync(&self) -> io::Result<()> {
+        self.each(|_, volume| volume.sync())
+    }
+
+    /// What the records say.
+    pub(crate) fn ownerships(&self) -> Vec<Ownership> {
+        self.volumes
+            .iter()
+            .map(|volume| ownership_of(volume))
+            .collect()
+    }
+
+    // ---- source ------------------------------------------------------------------------------
+
+    /// Begins to mark writes, with a record that the target may lack anything, and finds the blocks that are not
+    /// holes.
+    pub(crate) fn start_tracking_fresh(&self) -> io::Result<BlockSet> {
+        // Writes are marked from before the holes are looked for, so that none is overlooked; and until
+        // that is done, a crash leaves a record that says that everything is lacking.
+        for volume in &self.volumes {
+            volume.start_tracking(None)?;
+        }
+        self.gather(|volume| {
+            let data = volume.data_blocks()?;
+            volume.start_tracking(Some(&data))?;
+            Ok(data)
+        })
+    }
+
+    /// What the target may lack when a migration goes on: as the volumes kept it, or everything where that is not
+    /// known any more. Writes are marked from now on if a guest `runs` here.
+    pub(crate) fn unacked(&self, runs: bool) -> io::Result<BlockSet> {
+        self.gather(|volume| {
+            if let Some(unacked) = volume.unacked()? {
+                return Ok(unacked);
+            }
+            let ownership = ownership_of(volume);
+            if let Ownership::Released { complete: true, .. } = ownership {
+                return Ok(BlockSet::new(volume.size().blocks()));
+            }
+            // Not known any more, after a reboot.
+            if runs {
+                volume.start_tracking(None)?;
+            }
+            Ok(BlockSet::full(volume.size().blocks()))
+        })
+    }
+
+    /// Drops the dirty marks of a migration that does not go on.
+    pub(crate) fn stop_tracking(&self) -> io::Result<()> {
+        let mut result = Ok(());
+        for volume in &self.volumes {
+            result = result.and(volume.stop_tracking());
+        }
+        result
+    }
+
+    /// Hands over the blocks that were written since the last call.
+    pub(crate) fn take_dirty(&self) -> BlockSet {
+        match self.gather(|volume| Ok(volume.take_dirty())) {
+            Ok(dirty) => dirty,
+            Err(_) => unreachable!("nothing in it fails"),
+        }
+    }
+
+    /// Clears the dirty marks of `range`, which is to be read and sent; and says how many bytes it has.
+    pub(crate) fn begin_send(&self, range: BlockRange) -> io::Result<(Sending, u64)> {
+        let (volume, within) = self.locate(range)?;
+        let bytes = within.bytes(volume.size()).len();
+        Ok((volume.begin_send(within), bytes))
+    }
+
+    /// The target durably has these blocks.
+    pub(crate) fn mark_clean(&self, ranges: &[BlockRange]) -> io::Result<()> {
+        if let [only] = &self.volumes[..] {
+            return only.mark_clean(ranges);
+        }
+        for (volume, start) in self.placed() {
+            let blocks = BlockRange::new(start, start + volume.size().blocks());
+            let within: Vec<_> = ranges
+                .iter()
+                .map(|range| range.intersect(blocks))
+                .filter(|range| !range.is_empty())
+                .map(|range| BlockRange::new(range.start - start, range.end - start))
+                .collect();
+            if !within.is_empty() {
+                volume.mark_clean(&within)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Parks guest requests from now on.
+    pub(crate) fn freeze(&self) {
+        for volume in &self.volumes {
+            volume.freeze();
+        }
+    }
+
+    /// Whether no admitted guest request is in flight.
+    pub(crate) fn is_drained(&self) -> bool {
+        self.volumes.iter().all(|volume| volume.is_drained())
+    }
+
+    /// Takes [`freeze`](Self::freeze) back.
+    pub(crate) fn thaw(&self) {
+        for volume in &self.volumes {
+            volume.thaw();
+        }
+    }
+
+    /// The volumes have moved: guest requests are refused from now on.
+    pub(crate) fn release(&self) {
+        for volume in &self.volumes {
+            volume.release();
+        }
+    }
+
+    /// Makes all records say what `of` makes of the volume's own epoch. With an error some may say it and
+    /// others not.
+    pub(crate) fn record(&self, of: impl Fn(Epoch) -> Ownership + Sync) -> io::Result<()> {
+        self.each(|_, volume| {
+            let own = ownership_of(volume).epoch().unwrap_or(Epoch::FIRST);
+            volume.set_ownership(of(own))
+        })
+    }
+
+    // ---- target ------------------------------------------------------------------------------
+
+    /// Writes content that arrived. `write` gets the volume and the entry as that volume knows it.
+    pub(crate) fn apply(
+        &self,
+        entry: Entry,
+        write: impl FnOnce(&Volume, Entry) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let (volume, range) = self.locate(entry.range)?;
+        write(volume, Entry { range, ..entry })
+    }
+
+    /// Takes the volumes over together: no guest is let in anywhere before all records say so durably.
+    ///
+    /// With an error no guest was let in, and the records that said so were put back.
+    pub(crate) fn take_over(
+        &self,
+        missing: BlockSet,
+        epoch: Epoch,
+        migration: MigrationId,
+        peer: &SiteName,
+    ) -> io::Result<()> {
+        let missing = self.scatter(missing)?;
+        let recorded = self.each(|index, volume| {
+            let peer = peer.clone();
+            let arriving = Ownership::Arriving {
+                epoch,
+                migration,
+                peer,
+            };
+            volume.record_arrival(&missing[index], arriving)
+        });
+        if let Err(error) = recorded {
+            self.take_arrival_back(migration, peer)?;
+            return Err(error);
+        }
+        for (volume, missing) in self.volumes.iter().zip(missing) {
+            volume.start_postcopy(missing);
+        }
+        Ok(())
+    }
+
+    /// Puts back records that say that a volume has arrived, where the others do not.
+    pub(crate) fn take_arrival_back(
+        &self,
+        migration: MigrationId,
+        peer: &SiteName,
+    ) -> io::Result<()> {
+        self.each(|_, volume| {
+            if !matches!(ownership_of(volume), Ownership::Arriving { .. }) {
+                return Ok(());
+            }
+            let peer = peer.clone();
+            volume.take_arrival_back(Ownership::Incoming { migration, peer })
+        })
+    }
+
+    /// Every block is here: makes that durable, and the volumes ordinary ones.
+    pub(crate) fn complete(&self, epoch: Epoch) -> io::Result<()> {
+        self.sync()?;
+        self.each(|_, volume| volume.set_ownership(Ownership::Owner { epoch }))?;
+        self.each(|_, volume| match volume.mode() {
+            // It was ended before an earlier agent died.
+            Mode::Owner => Ok(()),
+            _ => volume.finish_postcopy(),
+        })
+    }
+
+    /// A block that a guest waits for, each once until [`requeue_faults`](Self::requeue_faults).
+    pub(crate) fn poll_fault(&self) -> Option<BlockRange> {
+        self.placed().find_map(|(volume, start)| {
+            let run = volume.poll_fault()?;
+            Some(shift_out(run, start))
+        })
+    }
+
+    /// Reports all blocks that guests wait for once more.
+    pub(crate) fn requeue_faults(&self) {
+        for volume in &self.volumes {
+            volume.requeue_faults();
+        }
+    }
+
+    /// Number of blocks whose content is not here.
+    pub(crate) fn missing_count(&self) -> u64 {
+        self.volumes
+            .iter()
+            .map(|volume| volume.missing_count())
+            .sum()
+    }
+
+    /// The first missing blocks, at most `blocks_max` of them.
+    pub(crate) fn first_missing(&self, blocks_max: u64) -> Vec<BlockRange> {
+        let mut left = blocks_max;
+        let mut runs = Vec::new();
+        for (volume, start) in self.placed() {
+            for run in volume.first_missing(left) {
+                left -= run.len();
+                runs.push(shift_out(run, start));
+            }
+        }
+        runs
+    }
+
+    /// The blocks that guest writes made present since the last call.
+    pub(crate) fn take_overwritten(&self) -> BlockSet {
+        match self.gather(|volume| Ok(volume.take_overwritten())) {
+            Ok(overwritten) => overwritten,
+            Err(_) => unreachable!("nothing in it fails"),
+        }
+    }
+}
+
+fn shift_out(run: BlockRange, start: u64) -> BlockRange {
+    BlockRange::new(run.start + start, run.end + start)
+}
+
+fn outside(range: BlockRange) -> io::Error {
+    let text = format!("blocks {range:?} belong to none of the volumes");
+    io::Error::new(io::ErrorKind::InvalidInput, text)
+}
+
+/// What a volume's record says.
+pub(crate) fn ownership_of(volume: &Volume) -> Ownership {
+    match volume.record() {
+        Some(record) => record.ownership,
+        None => unreachable!("volumes without a record are made by tests only"),
+    }
+}
