@@ -205,6 +205,16 @@ impl Tools {
         run(&mut command).map(|_| ())
     }
 
+    /// Makes a raw file of what a guest sees of the image `from`, whatever format qemu-img finds.
+    ///
+    /// # Errors
+    /// When qemu-img fails.
+    pub fn raw_copy(&self, from: &Path, to: &Path) -> Result<(), ImageError> {
+        let mut command = Command::new(&self.qemu_img);
+        command.args(["convert", "-O", "raw"]).arg(from).arg(to);
+        run(&mut command).map(|_| ())
+    }
+
     /// Makes an empty qcow2 overlay over `backing`, of the format `backing_format` (`raw`, `qcow2`).
     ///
     /// # Errors

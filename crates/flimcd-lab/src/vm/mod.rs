@@ -26,6 +26,7 @@
 //! kernel is the host's or an unpacked Debian package, see [`Requirements`].
 
 mod agents;
+pub mod baseline;
 mod client;
 mod cpio;
 mod files;

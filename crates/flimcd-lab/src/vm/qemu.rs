@@ -5,7 +5,7 @@ use std::{
     process::Command,
 };
 
-use super::{GuestImage, Qemu, QemuError, Tools};
+use super::{GuestImage, ImageError, Qemu, QemuError, Tools};
 
 /// A guest's virtual machine.
 #[derive(Clone, Debug)]
@@ -128,6 +128,27 @@ impl DiskSpec {
             is_direct: true,
             has_discard: true,
             has_write_cache: true,
+        }
+    }
+
+    /// Checks the ext4 file system on it, once nobody uses it; see [`Tools::check_file_system`]. A disk that
+    /// is no file is passed over.
+    ///
+    /// # Errors
+    /// What e2fsck found, or when a qcow2 file cannot be read.
+    pub fn check_file_system(&self, tools: &Tools) -> Result<(), ImageError> {
+        let Storage::File(path) = &self.storage else {
+            return Ok(());
+        };
+        match self.format {
+            DiskFormat::Raw => tools.check_file_system(path),
+            DiskFormat::Qcow2 => {
+                let raw = path.with_extension("check.raw");
+                tools.raw_copy(path, &raw)?;
+                let checked = tools.check_file_system(&raw);
+                let _ = std::fs::remove_file(raw);
+                checked
+            }
         }
     }
 

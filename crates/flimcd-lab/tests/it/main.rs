@@ -1,5 +1,6 @@
 //! Integration tests of the lab: relay over loopback, namespaces, loads, traces.
 
+mod baseline;
 mod guest;
 mod load;
 mod nbd;

@@ -119,3 +119,8 @@ fn others_enter_a_place_by_its_prefix_and_nothing_is_left() {
         "{text}"
     );
 }
+
+/// Whether sites can be made here; says so if not.
+pub(crate) fn are_possible() -> bool {
+    sites("100mbit,1ms").is_some()
+}
