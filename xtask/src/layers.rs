@@ -20,6 +20,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "flimcd-volume",
             "flimcd-nbd",
             "flimcd-link",
+            "flimcd-qemu",
         ],
     ),
     (
@@ -42,6 +43,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "flimcd-volume",
             "flimcd-nbd",
             "flimcd-link",
+            "flimcd-qemu",
         ],
     ),
 ];
