@@ -6,7 +6,7 @@
 //! *attempt*, so that what is left of a broken one is not taken for the next.
 
 use bytes::Bytes;
-use flimcd_core::{MigrationId, VolumeName, limits};
+use flimcd_core::{VolumeName, limits};
 use serde::{Deserialize, Serialize};
 
 use crate::{DecodeError, WireError};
@@ -42,6 +42,8 @@ pub enum VmMessage {
     Listening {
         /// Which attempt.
         attempt: u32,
+        /// Whether pages may follow the switch there.
+        postcopy: bool,
     },
     /// The machine has all of its running state (or all but pages that follow), and stands still.
     Loaded {
@@ -98,8 +100,6 @@ pub enum VmMessage {
 pub struct VmOpen {
     /// Name of the machine, the same on both sides.
     pub name: VolumeName,
-    /// The migration of its disks.
-    pub disks: MigrationId,
     /// What the target has to know to start it: JSON that the hypervisor's layer reads, at most
     /// [`limits::MAX_VM_DESCRIPTION_BYTES`].
     pub description: String,

@@ -33,6 +33,8 @@ struct Attempt {
     number: u32,
     /// The target's machine waits for its running state.
     listening: bool,
+    /// Pages may follow the switch there.
+    takes_postcopy: bool,
     /// The transfer was begun.
     started: bool,
     /// It has been seen under way; what is seen before may be what an earlier one left.
@@ -152,8 +154,9 @@ impl VmSource {
     pub fn handle_message(&mut self, now: Time, message: VmMessage) {
         match message {
             VmMessage::Accept { attempt, stage } => self.handle_accept(attempt, stage),
-            VmMessage::Listening { attempt } if attempt == self.attempt.number => {
+            VmMessage::Listening { attempt, postcopy } if attempt == self.attempt.number => {
                 self.attempt.listening = true;
+                self.attempt.takes_postcopy = postcopy;
             }
             VmMessage::Running => self.handle_running(),
             VmMessage::Broken { attempt, error } => {
@@ -231,6 +234,9 @@ impl VmSource {
     /// An action is done.
     pub fn handle_done(&mut self, now: Time, action: &VmSourceAction) {
         match action {
+            VmSourceAction::Start { attempt, .. } if *attempt == self.attempt.number => {
+                self.attempt.seen_active = true;
+            }
             VmSourceAction::Stop => self.stopped(),
             VmSourceAction::Quit => {
                 self.set_phase(VmSourcePhase::Completed);
@@ -245,9 +251,9 @@ impl VmSource {
     pub fn handle_refused(&mut self, now: Time, action: &VmSourceAction, text: String) {
         let error = WireError::new(ErrorCode::OTHER, text);
         match action {
-            VmSourceAction::Start { .. }
-            | VmSourceAction::Finish
-            | VmSourceAction::Continue => self.handle_broken(error),
+            VmSourceAction::Start { .. } | VmSourceAction::Finish | VmSourceAction::Continue => {
+                self.handle_broken(error)
+            }
             // Because it is nearly done, or cannot: either way all of it goes before the switch.
             VmSourceAction::StartPostcopy => {
                 self.attempt.postcopy = false;
@@ -333,7 +339,9 @@ impl VmSource {
             self.transfer = Transfer::default();
             self.actions.push_back(VmSourceAction::Start {
                 attempt: self.attempt.number,
-                postcopy: self.config.ram != RamMode::Precopy && !moved,
+                postcopy: self.attempt.takes_postcopy
+                    && self.config.ram != RamMode::Precopy
+                    && !moved,
             });
             if moved {
                 self.actions.push_back(VmSourceAction::Finish);
@@ -460,7 +468,7 @@ impl VmSource {
         }
         let is_current = attempt == self.attempt.number && stage != VmStage::Idle;
         if is_current {
-            self.attempt.listening = true;
+            // `Listening` comes once more.
         } else if self.attempt.number > self.attempt_at_target {
             // `Prepare` was lost with the link, or is answered next.
             self.say(VmMessage::Prepare {

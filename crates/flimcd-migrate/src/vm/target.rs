@@ -21,6 +21,7 @@ pub struct VmTarget {
     attempt: u32,
     /// The disks are owned here.
     owned: bool,
+    takes_postcopy: bool,
     accepted: bool,
     messages: VecDeque<VmMessage>,
     actions: VecDeque<VmTargetAction>,
@@ -35,6 +36,7 @@ impl VmTarget {
             phase: VmTargetPhase::Idle,
             attempt: 0,
             owned: false,
+            takes_postcopy: false,
             accepted: false,
             messages: VecDeque::new(),
             actions: VecDeque::new(),
@@ -99,12 +101,20 @@ impl VmTarget {
         }
     }
 
-    /// The machine of this attempt waits for its running state.
-    pub fn handle_listening(&mut self, attempt: u32) {
+    /// The machine of this attempt waits for its running state, and says whether pages may follow the switch.
+    pub fn handle_listening(&mut self, attempt: u32, takes_postcopy: bool) {
         if attempt == self.attempt && self.phase == VmTargetPhase::Starting {
+            self.takes_postcopy = takes_postcopy;
             self.set_phase(VmTargetPhase::Receiving);
-            self.say(VmMessage::Listening { attempt });
+            self.say_listening();
         }
+    }
+
+    fn say_listening(&mut self) {
+        self.say(VmMessage::Listening {
+            attempt: self.attempt,
+            postcopy: self.takes_postcopy,
+        });
     }
 
     /// It has its running state.
@@ -197,6 +207,9 @@ impl VmTarget {
             attempt: self.attempt,
             stage,
         });
+        if self.phase == VmTargetPhase::Receiving {
+            self.say_listening();
+        }
         if self.phase == VmTargetPhase::Ended {
             let text = "this move has ended at the target; start a new one";
             let error = WireError::new(ErrorCode::CANCELLED, text);

@@ -3,7 +3,7 @@
 
 use std::{collections::VecDeque, time::Duration};
 
-use flimcd_core::{MigrationId, Time};
+use flimcd_core::Time;
 use flimcd_migrate::vm::{
     DisksCommand, DisksEnd, RamMode, Transfer, TransferState, VmSource, VmSourceAction,
     VmSourceConfig, VmSourcePhase, VmSourceStart, VmTarget, VmTargetAction, VmTargetPhase,
@@ -124,7 +124,6 @@ impl World {
         VmSourceConfig {
             open: VmOpen {
                 name: "vm".parse().unwrap(),
-                disks: MigrationId(7),
                 description: String::new(),
             },
             ram: self.mode,
@@ -397,7 +396,10 @@ impl World {
                 self.last_attempt = attempt;
                 self.break_stream();
                 self.machine = Some((attempt, Machine::Listening));
-                self.target.as_mut().unwrap().handle_listening(attempt);
+                self.target
+                    .as_mut()
+                    .unwrap()
+                    .handle_listening(attempt, true);
             }
             VmTargetAction::Kill => {
                 assert!(
@@ -600,7 +602,8 @@ fn seeds(mode: RamMode) {
             explain()
         );
         // Pages were in two places, or may have been, when a machine or its stream was lost.
-        let gave_up = matches!(source, VmSourcePhase::Failed(_)) && world.at_source == AtSource::Released;
+        let gave_up =
+            matches!(source, VmSourcePhase::Failed(_)) && world.at_source == AtSource::Released;
         if world.pages_lost || (gave_up && world.followed) {
             continue;
         }
