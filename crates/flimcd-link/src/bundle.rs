@@ -30,7 +30,7 @@ const SAMPLE_EVERY: Duration = Duration::from_millis(50);
 /// Unsent data in the kernel, as time at the estimated rate: enough for the runtime to wake up.
 const UNSENT_TIME_SECS: f64 = 0.004;
 const UNSENT_MAX: u32 = 1 << 20;
-/// Bulk frames that wait in the outbox, as time at the estimated rate.
+/// RAM and bulk frames that wait in the outbox, as time at the estimated rate.
 const QUEUED_TIME_SECS: f64 = 0.010;
 /// How long a lane leaves a fault to the other one.
 const LOOK_AGAIN: Duration = Duration::from_millis(2);
@@ -332,7 +332,7 @@ impl Bundle {
             let queued = estimate.map_or(0, |rate| to_u64(rate * QUEUED_TIME_SECS));
             self.link
                 .outbox
-                .set_bulk_limit(usize::try_from(queued).unwrap_or(usize::MAX));
+                .set_queue_limit(usize::try_from(queued).unwrap_or(usize::MAX));
         }
     }
 }

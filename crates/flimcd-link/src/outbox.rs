@@ -46,6 +46,7 @@ struct Inner {
     queues: [VecDeque<Encoded>; Class::ALL.len()],
     queued_bytes: [usize; Class::ALL.len()],
     bulk_limit: usize,
+    ram_limit: usize,
     link: VecDeque<LinkMessage>,
 }
 
@@ -58,7 +59,7 @@ impl Inner {
     fn limit(&self, class: Class) -> usize {
         match class {
             Class::Fault | Class::Control => 4 << 20,
-            Class::Ram => 1 << 20,
+            Class::Ram => self.ram_limit,
             Class::Prefetch | Class::Bulk => self.bulk_limit,
         }
     }
@@ -71,6 +72,9 @@ impl Inner {
 impl Outbox {
     pub(crate) const BULK_LIMIT_MIN: usize = 256 * 1024;
     pub(crate) const BULK_LIMIT_MAX: usize = 4 << 20;
+    /// Less than for bulk: what waits here when a guest is stopped makes it stand longer.
+    const RAM_LIMIT_MIN: usize = 64 * 1024;
+    const RAM_LIMIT_MAX: usize = 1 << 20;
 
     pub(crate) fn new() -> Self {
         Self {
@@ -79,6 +83,7 @@ impl Outbox {
                 queues: Default::default(),
                 queued_bytes: [0; Class::ALL.len()],
                 bulk_limit: Self::BULK_LIMIT_MIN,
+                ram_limit: Self::RAM_LIMIT_MIN,
                 link: VecDeque::new(),
             }),
             work: Default::default(),
@@ -107,9 +112,12 @@ impl Outbox {
         inner.link.clear();
     }
 
-    /// How many bytes of prefetch and bulk may wait, each.
-    pub(crate) fn set_bulk_limit(&self, bytes: usize) {
-        self.inner().bulk_limit = bytes.clamp(Self::BULK_LIMIT_MIN, Self::BULK_LIMIT_MAX);
+    /// How many bytes of RAM, prefetch and bulk should wait, each, within the bounds of each.
+    pub(crate) fn set_queue_limit(&self, bytes: usize) {
+        let mut inner = self.inner();
+        inner.bulk_limit = bytes.clamp(Self::BULK_LIMIT_MIN, Self::BULK_LIMIT_MAX);
+        inner.ram_limit = bytes.clamp(Self::RAM_LIMIT_MIN, Self::RAM_LIMIT_MAX);
+        drop(inner);
         self.room.notify_waiters();
     }
 

@@ -18,7 +18,7 @@
 mod base;
 pub(crate) mod hooks;
 mod policies;
-mod port;
+pub(crate) mod port;
 pub(crate) mod progress;
 pub(crate) mod settle;
 mod source;

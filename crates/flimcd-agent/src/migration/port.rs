@@ -115,6 +115,7 @@ impl LinkPort {
             tokio::select! {
                 () = wait(Class::Fault) => {}
                 () = wait(Class::Control) => {}
+                () = wait(Class::Ram) => {}
                 () = wait(Class::Prefetch) => {}
                 () = wait(Class::Bulk) => {}
             }

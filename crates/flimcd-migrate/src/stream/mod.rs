@@ -451,6 +451,12 @@ impl Stream {
         self.receiver.poll_delivery()
     }
 
+    /// Whether [`poll_delivery`](Self::poll_delivery) has something.
+    #[must_use]
+    pub fn has_delivery(&self) -> bool {
+        self.receiver.has_delivery()
+    }
+
     /// All of the last delivery is with the hypervisor.
     ///
     /// # Panics

@@ -102,6 +102,11 @@ impl Receiver {
         }
     }
 
+    pub(super) fn has_delivery(&self) -> bool {
+        let has_end = self.end == Some(self.delivered);
+        !self.is_delivering && (has_end || !self.queue.is_empty())
+    }
+
     pub(super) fn poll_delivery(&mut self) -> Option<Delivery> {
         if self.is_delivering {
             return None;
