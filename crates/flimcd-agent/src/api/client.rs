@@ -15,8 +15,8 @@ use std::{
 use tokio::net::UnixStream;
 
 use super::types::{
-    CreateVolume, ErrorBody, ExportInfo, ImportVolume, MigrateRequest, MigrationStatus,
-    RemovedVolume, Status, VolumeInfo,
+    CreateVolume, ErrorBody, ExportInfo, ImportVolume, MigrateRequest, MigrateTogether,
+    MigrationStatus, RemovedVolume, Status, VolumeInfo,
 };
 
 /// Longest answer that is read: thousands of volumes fit.
@@ -177,6 +177,17 @@ impl Client {
     ) -> Result<MigrationStatus, ClientError> {
         self.post(&format!("/v1/volumes/{name}/migrate"), request)
             .await
+    }
+
+    /// Begins a migration of several volumes, which move together.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn migrate_together(
+        &self,
+        request: &MigrateTogether,
+    ) -> Result<MigrationStatus, ClientError> {
+        self.post("/v1/migrations", request).await
     }
 
     /// Lets the volume's migration switch as soon as it is ready.

@@ -17,8 +17,8 @@ use std::{str::FromStr, sync::Arc};
 use utoipa::OpenApi;
 
 use super::types::{
-    ApiCode, CreateVolume, ErrorBody, ExportInfo, ImportVolume, MigrateRequest, MigrationStatus,
-    RemoveQuery, RemovedVolume, Status, VolumeInfo,
+    ApiCode, CreateVolume, ErrorBody, ExportInfo, ImportVolume, MigrateRequest, MigrateTogether,
+    MigrationStatus, RemoveQuery, RemovedVolume, Status, VolumeInfo,
 };
 use crate::agent::Agent;
 
@@ -69,6 +69,7 @@ pub fn openapi_json() -> String {
         switchover,
         cancel,
         migrations,
+        migrate_together,
         migration
     ),
     components(schemas(ErrorBody))
@@ -86,7 +87,7 @@ pub(crate) fn router(agent: Arc<Agent>) -> Router {
         .route("/v1/volumes/{name}/migrate", post(migrate))
         .route("/v1/volumes/{name}/switchover", post(switchover))
         .route("/v1/volumes/{name}/cancel", post(cancel))
-        .route("/v1/migrations", get(migrations))
+        .route("/v1/migrations", get(migrations).post(migrate_together))
         .route("/v1/migrations/{id}", get(migration))
         .fallback(unknown_path)
         .method_not_allowed_fallback(unknown_path)
@@ -251,6 +252,24 @@ async fn cancel(State(agent): App, Path(name): Path<String>) -> Answer<Migration
 )]
 async fn migrations(State(agent): App) -> Answer<Vec<MigrationStatus>> {
     answer(Ok(agent.migrations()))
+}
+
+/// Begins a migration of several volumes, which move together.
+#[utoipa::path(
+    post, path = "/v1/migrations", request_body = MigrateTogether,
+    responses(
+        (status = 200, body = MigrationStatus), (status = 400, body = ErrorBody),
+        (status = 403, body = ErrorBody), (status = 404, body = ErrorBody),
+        (status = 409, body = ErrorBody)
+    )
+)]
+async fn migrate_together(State(agent): App, bytes: Bytes) -> Answer<MigrationStatus> {
+    let asked = body::<MigrateTogether>(&bytes)?;
+    answer(
+        agent
+            .begin_migration(asked.volumes, asked.request, None)
+            .await,
+    )
 }
 
 /// One migration.

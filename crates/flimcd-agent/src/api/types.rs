@@ -262,6 +262,18 @@ pub struct MigrateRequest {
     pub compress: Option<bool>,
 }
 
+/// `POST /v1/migrations`: moves several volumes together, with one switch for all of them. Answered as
+/// `POST /v1/volumes/{name}/migrate` is; asked for one of them, `switchover` and `cancel` are about all.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MigrateTogether {
+    /// The volumes, each once.
+    #[schema(value_type = Vec<String>)]
+    pub volumes: Vec<VolumeName>,
+    /// Where to and how.
+    pub request: MigrateRequest,
+}
+
 /// On which side of a migration an agent stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]

@@ -1,15 +1,14 @@
 //! Agents that are killed as `kill -9` does, or stopped, in every phase, and started again.
 
-use std::{sync::atomic::Ordering, time::Duration};
+use std::time::Duration;
 
-use flimcd_agent::api::{ImportVolume, OwnershipState, Phase, Strategy, Switchover};
+use flimcd_agent::api::{OwnershipState, Phase, Strategy, Switchover};
 
 use crate::{
-    guest::{Guest, Rng, content, write_sparse},
+    disks::{Disk, Disks, ONE, THREE, TWO, migrate},
+    guest::Rng,
     site::{Process, World, ended, in_phase, name, peer_table, to_beta, until},
 };
-
-const MIB: usize = 1 << 20;
 
 /// What goes down.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -44,26 +43,19 @@ async fn start(world: &mut World) -> (Process, Process) {
     (world.source.start_process().await, target)
 }
 
-/// Migrates a volume under load, slowly enough to be interrupted. Once the migration is in `phase`, agents go
-/// down and are started again. The guest must never see wrong content, and the disk must arrive whole.
-async fn interrupted(down: Down, phase: Phase, strategy: Strategy) {
+/// Migrates disks under load, slowly enough to be interrupted. Once the migration is in `phase`, agents go
+/// down and are started again. The guests must never see wrong content, and the disks must arrive whole.
+async fn interrupted(down: Down, phase: Phase, strategy: Strategy, disks: &[Disk]) {
     let mut world = World::new();
     let (mut source, mut target) = start(&mut world).await;
-    let image = world.dir.path().join("disk.img");
-    let content = content(24 * MIB, 5);
-    write_sparse(&image, &content);
-    let import = ImportVolume {
-        name: name("vm"),
-        path: image,
-        tenant: None,
-    };
-    source.client.import_volume(&import).await.unwrap();
+    let disks = Disks::import(&world, disks, 5).await;
+    let names = disks.names();
     let sockets = [world.source.socket("vm"), world.target.socket("vm")];
-    let running = Guest::new(content, 3).start(&sockets, "vm");
-    until("the guest works", async || running.count() > 20).await;
+    let running = disks.start(&[&world.source, &world.target]);
+    running.works(20).await;
     let mut request = to_beta(strategy, Switchover::Manual);
     request.bandwidth_bytes_per_sec = Some(6 << 20);
-    source.client.migrate(&name("vm"), &request).await.unwrap();
+    migrate(&source.client, &names, &request).await;
     if phase == Phase::Precopy {
         until("a part has arrived", async || {
             let status = &source.client.migrations().await.unwrap()[0];
@@ -106,42 +98,47 @@ async fn interrupted(down: Down, phase: Phase, strategy: Strategy) {
     assert_eq!(at_source.phase, Phase::Completed, "{at_source:?}");
     let at_target = ended(&target.client, "vm").await;
     assert_eq!(at_target.phase, Phase::Completed, "{at_target:?}");
-    let before = running.count();
-    until("the guest works at the target", async || {
-        running.count() > before + 20
-    })
-    .await;
-    let guest = running.stop().await;
-    guest.check_all(&sockets[1], "vm");
-    let here = target.client.volume(&name("vm")).await.unwrap();
-    assert_eq!((here.ownership, here.epoch), (OwnershipState::Owner, 2));
+    running.works(20).await;
+    let disks = running.stop().await;
+    disks.check_all(&world.target);
+    for volume in &names {
+        let here = target.client.volume(volume).await.unwrap();
+        assert_eq!((here.ownership, here.epoch), (OwnershipState::Owner, 2));
+    }
     source.end(true).await;
     target.end(true).await;
-    guest.check_file(&world.target.image("vm"));
+    disks.check_files(&world.target);
 }
 
 macro_rules! interruptions {
-    ($($name:ident: $down:ident, $phase:ident, $strategy:ident;)*) => {
+    ($($name:ident: $disks:ident, $down:ident, $phase:ident, $strategy:ident;)*) => {
         $(
             #[tokio::test(flavor = "multi_thread")]
             async fn $name() {
-                interrupted(Down::$down, Phase::$phase, Strategy::$strategy).await;
+                interrupted(Down::$down, Phase::$phase, Strategy::$strategy, $disks).await;
             }
         )*
     };
 }
 
 interruptions! {
-    source_killed_in_precopy: KillSource, Precopy, Flimcd;
-    target_killed_in_precopy: KillTarget, Precopy, Flimcd;
-    both_killed_in_precopy: KillBoth, Precopy, Flimcd;
-    source_stopped_in_precopy: StopSource, Precopy, Precopy;
-    target_stopped_in_precopy: StopTarget, Precopy, Precopy;
-    source_killed_in_postcopy: KillSource, Postcopy, Postcopy;
-    target_killed_in_postcopy: KillTarget, Postcopy, Postcopy;
-    both_killed_in_postcopy: KillBoth, Postcopy, Postcopy;
-    source_stopped_in_postcopy: StopSource, Postcopy, Postcopy;
-    target_stopped_in_postcopy: StopTarget, Postcopy, Postcopy;
+    source_killed_in_precopy: ONE, KillSource, Precopy, Flimcd;
+    target_killed_in_precopy: ONE, KillTarget, Precopy, Flimcd;
+    both_killed_in_precopy: ONE, KillBoth, Precopy, Flimcd;
+    source_stopped_in_precopy: ONE, StopSource, Precopy, Precopy;
+    target_stopped_in_precopy: ONE, StopTarget, Precopy, Precopy;
+    source_killed_in_postcopy: ONE, KillSource, Postcopy, Postcopy;
+    target_killed_in_postcopy: ONE, KillTarget, Postcopy, Postcopy;
+    both_killed_in_postcopy: ONE, KillBoth, Postcopy, Postcopy;
+    source_stopped_in_postcopy: ONE, StopSource, Postcopy, Postcopy;
+    target_stopped_in_postcopy: ONE, StopTarget, Postcopy, Postcopy;
+    source_killed_in_precopy_of_three: THREE, KillSource, Precopy, Flimcd;
+    target_killed_in_precopy_of_two: TWO, KillTarget, Precopy, Flimcd;
+    both_killed_in_precopy_of_three: THREE, KillBoth, Precopy, Flimcd;
+    source_killed_in_postcopy_of_two: TWO, KillSource, Postcopy, Postcopy;
+    target_killed_in_postcopy_of_three: THREE, KillTarget, Postcopy, Postcopy;
+    both_killed_in_postcopy_of_three: THREE, KillBoth, Postcopy, Postcopy;
+    source_stopped_in_postcopy_of_three: THREE, StopSource, Postcopy, Postcopy;
 }
 
 /// Not part of a normal run: agents are killed at random moments, over and over, with every strategy.
@@ -161,21 +158,13 @@ async fn soak_once(seed: u64) -> String {
     let mut rng = Rng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
     let mut world = World::new();
     let (mut source, mut target) = start(&mut world).await;
-    let image = world.dir.path().join("disk.img");
-    let content = content(16 * MIB, seed);
-    write_sparse(&image, &content);
-    let import = ImportVolume {
-        name: name("vm"),
-        path: image,
-        tenant: None,
-    };
-    source.client.import_volume(&import).await.unwrap();
-    let sockets = [world.source.socket("vm"), world.target.socket("vm")];
-    let running = Guest::new(content, seed).start(&sockets, "vm");
+    let disks = Disks::import(&world, [ONE, TWO, THREE][rng.below(3) as usize], seed).await;
+    let names = disks.names();
+    let running = disks.start(&[&world.source, &world.target]);
     let strategy = Strategy::ALL[rng.below(3) as usize];
     let mut request = to_beta(strategy, Switchover::Manual);
     request.bandwidth_bytes_per_sec = Some(4 << 20);
-    source.client.migrate(&name("vm"), &request).await.unwrap();
+    migrate(&source.client, &names, &request).await;
     // Asked for in the beginning: it stays on record, whoever is killed.
     source.client.switchover(&name("vm")).await.unwrap();
     let mut kills = 0;
@@ -203,16 +192,16 @@ async fn soak_once(seed: u64) -> String {
     let at_source = ended(&source.client, "vm").await;
     assert_eq!(at_source.phase, Phase::Completed, "{at_source:?}");
     assert_eq!(ended(&target.client, "vm").await.phase, Phase::Completed);
-    let before = running.count();
-    until("the guest works", async || running.count() > before + 20).await;
-    let guest = running.stop().await;
-    guest.check_all(&sockets[1], "vm");
+    running.works(20).await;
+    let requests = running.requests();
+    let disks = running.stop().await;
+    disks.check_all(&world.target);
     source.end(true).await;
     target.end(true).await;
-    guest.check_file(&world.target.image("vm"));
+    disks.check_files(&world.target);
     format!(
-        "{strategy}, {kills} kills, {} requests, downtime {:?} ms",
-        guest.requests.load(Ordering::Relaxed),
+        "{strategy}, {} disks, {kills} kills, {requests} requests, downtime {:?} ms",
+        names.len(),
         at_source.downtime_ms
     )
 }

@@ -2,47 +2,53 @@
 
 use flimcd_agent::{
     RunningAgent,
-    api::{ImportVolume, OwnershipState, Phase, Strategy, Switchover},
+    api::{Client, OwnershipState, Phase, Strategy, Switchover},
 };
+use flimcd_core::VolumeName;
 
 use crate::{
-    guest::{Guest, content, write_sparse},
+    disks::{Disk, Disks, THREE, TWO, migrate},
     proxy::Proxy,
     site::{World, ended, in_phase, name, peer_table, to_beta, until},
 };
 
-const MIB: usize = 1 << 20;
+const SMALL: &[Disk] = &[("vm", 8 << 20)];
 
-/// Both agents, with a wire that can be cut, and a volume with a guest's content at the source.
-async fn start(world: &mut World, bytes: usize) -> (RunningAgent, RunningAgent, Proxy, Guest) {
+/// Both agents, with a wire that can be cut, and disks at the source.
+async fn start(world: &mut World, disks: &[Disk]) -> (RunningAgent, RunningAgent, Proxy, Disks) {
     let target = world.target.start().await.unwrap();
     let listen = target.listen_address().unwrap();
     world.target.listen = Some(listen.to_string());
     let proxy = Proxy::start(listen).await;
     world.source.peers = peer_table("beta", Some(&proxy.address.to_string()));
     let source = world.source.start().await.unwrap();
-    let image = world.dir.path().join("disk.img");
-    let content = content(bytes, 21);
-    write_sparse(&image, &content);
-    let import = ImportVolume {
-        name: name("vm"),
-        path: image,
-        tenant: None,
-    };
-    world.source.client().import_volume(&import).await.unwrap();
-    (source, target, proxy, Guest::new(content, 17))
+    let disks = Disks::import(world, disks, 21).await;
+    (source, target, proxy, disks)
+}
+
+/// Begins a migration that waits for the operator, and cuts the link while content crosses. Returns when
+/// `noticed_by` knows that the link is down.
+async fn cut_in_precopy(world: &World, proxy: &Proxy, volumes: &[VolumeName], noticed_by: &Client) {
+    let request = to_beta(Strategy::Flimcd, Switchover::Manual);
+    migrate(&world.source.client(), volumes, &request).await;
+    in_phase(&world.target.client(), "vm", Phase::Precopy).await;
+    proxy.cut();
+    until("the link is known to be down", async || {
+        !noticed_by.migrations().await.unwrap()[0].link_up
+    })
+    .await;
 }
 
 /// The link is cut every time that it has carried a little, from the first byte to the last.
-async fn cut_again_and_again(strategy: Strategy) {
+async fn cut_again_and_again(strategy: Strategy, disks: &[Disk]) {
     let mut world = World::new();
-    let (source_agent, target_agent, proxy, guest) = start(&mut world, 16 * MIB).await;
+    let (source_agent, target_agent, proxy, disks) = start(&mut world, disks).await;
     let (source, target) = (world.source.client(), world.target.client());
-    let sockets = [world.source.socket("vm"), world.target.socket("vm")];
-    let running = guest.start(&sockets, "vm");
+    let names = disks.names();
+    let running = disks.start(&[&world.source, &world.target]);
     let mut request = to_beta(strategy, Switchover::Manual);
     request.bandwidth_bytes_per_sec = Some(6 << 20);
-    source.migrate(&name("vm"), &request).await.unwrap();
+    migrate(&source, &names, &request).await;
     source.switchover(&name("vm")).await.unwrap();
     let (mut cuts, mut at_cut) = (0, 0);
     until("the migration has ended", async || {
@@ -60,23 +66,32 @@ async fn cut_again_and_again(strategy: Strategy) {
     assert!(cuts > 3, "{cuts} cuts only");
     assert_eq!(ended(&source, "vm").await.phase, Phase::Completed);
     assert_eq!(ended(&target, "vm").await.phase, Phase::Completed);
-    let before = running.count();
-    until("the guest works", async || running.count() > before + 20).await;
-    let guest = running.stop().await;
-    guest.check_all(&sockets[1], "vm");
+    running.works(20).await;
+    let disks = running.stop().await;
+    disks.check_all(&world.target);
     target_agent.stop().await;
     source_agent.stop().await;
-    guest.check_file(&world.target.image("vm"));
+    disks.check_files(&world.target);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_link_is_cut_again_and_again_with_flimcd() {
-    cut_again_and_again(Strategy::Flimcd).await;
+    cut_again_and_again(Strategy::Flimcd, &[("vm", 16 << 20)]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_link_is_cut_again_and_again_with_postcopy() {
-    cut_again_and_again(Strategy::Postcopy).await;
+    cut_again_and_again(Strategy::Postcopy, &[("vm", 16 << 20)]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_link_is_cut_again_and_again_under_three_disks() {
+    cut_again_and_again(Strategy::Flimcd, THREE).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_link_is_cut_again_and_again_under_two_disks_with_postcopy() {
+    cut_again_and_again(Strategy::Postcopy, TWO).await;
 }
 
 /// Cancelled while the target cannot be told: the guest goes on at once, and the target hears of it when the link is
@@ -84,25 +99,20 @@ async fn a_link_is_cut_again_and_again_with_postcopy() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_target_hears_later_of_a_cancellation() {
     let mut world = World::new();
-    let (source_agent, target_agent, proxy, guest) = start(&mut world, 8 * MIB).await;
+    let (source_agent, target_agent, proxy, disks) = start(&mut world, TWO).await;
     let (source, target) = (world.source.client(), world.target.client());
-    let running = guest.start(&[world.source.socket("vm")], "vm");
-    let request = to_beta(Strategy::Flimcd, Switchover::Manual);
-    source.migrate(&name("vm"), &request).await.unwrap();
-    in_phase(&target, "vm", Phase::Precopy).await;
-    proxy.cut();
-    until("the source sees it", async || {
-        !source.migrations().await.unwrap()[0].link_up
-    })
-    .await;
+    let names = disks.names();
+    let running = disks.start(&[&world.source]);
+    cut_in_precopy(&world, &proxy, &names, &source).await;
     source.cancel(&name("vm")).await.unwrap();
     assert_eq!(ended(&source, "vm").await.phase, Phase::Cancelled);
-    let guest = running.stop().await;
+    let disks = running.stop().await;
     source_agent.stop().await;
-    assert_eq!(
-        target.volumes().await.unwrap()[0].ownership,
-        OwnershipState::Incoming
-    );
+    let arriving = target.volumes().await.unwrap();
+    assert_eq!(arriving.len(), names.len());
+    for volume in arriving {
+        assert_eq!(volume.ownership, OwnershipState::Incoming);
+    }
     let source_agent = world.source.start().await.unwrap();
     proxy.mend();
     assert_eq!(ended(&target, "vm").await.phase, Phase::Cancelled);
@@ -110,7 +120,7 @@ async fn a_target_hears_later_of_a_cancellation() {
         target.volumes().await.unwrap().is_empty()
     })
     .await;
-    guest.check_all(&world.source.socket("vm"), "vm");
+    disks.check_all(&world.source);
     target_agent.stop().await;
     source_agent.stop().await;
 }
@@ -119,24 +129,18 @@ async fn a_target_hears_later_of_a_cancellation() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_new_migration_takes_the_place_of_a_cancelled_one() {
     let mut world = World::new();
-    let (source_agent, target_agent, proxy, guest) = start(&mut world, 8 * MIB).await;
-    let (source, target) = (world.source.client(), world.target.client());
-    let request = to_beta(Strategy::Flimcd, Switchover::Manual);
-    source.migrate(&name("vm"), &request).await.unwrap();
-    in_phase(&target, "vm", Phase::Precopy).await;
-    proxy.cut();
-    until("the source sees it", async || {
-        !source.migrations().await.unwrap()[0].link_up
-    })
-    .await;
+    let (source_agent, target_agent, proxy, disks) = start(&mut world, TWO).await;
+    let source = world.source.client();
+    let names = disks.names();
+    cut_in_precopy(&world, &proxy, &names, &source).await;
     source.cancel(&name("vm")).await.unwrap();
     assert_eq!(ended(&source, "vm").await.phase, Phase::Cancelled);
     let request = to_beta(Strategy::Flimcd, Switchover::Auto);
-    source.migrate(&name("vm"), &request).await.unwrap();
+    migrate(&source, &names, &request).await;
     proxy.mend();
     let status = ended(&source, "vm").await;
     assert_eq!(status.phase, Phase::Completed, "{status:?}");
-    guest.check_all(&world.target.socket("vm"), "vm");
+    disks.check_all(&world.target);
     target_agent.stop().await;
     source_agent.stop().await;
 }
@@ -145,17 +149,11 @@ async fn a_new_migration_takes_the_place_of_a_cancelled_one() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_source_hears_later_that_the_target_gave_up() {
     let mut world = World::new();
-    let (source_agent, target_agent, proxy, guest) = start(&mut world, 8 * MIB).await;
+    let (source_agent, target_agent, proxy, disks) = start(&mut world, SMALL).await;
     let (source, target) = (world.source.client(), world.target.client());
-    let running = guest.start(&[world.source.socket("vm")], "vm");
-    let request = to_beta(Strategy::Flimcd, Switchover::Manual);
-    source.migrate(&name("vm"), &request).await.unwrap();
-    in_phase(&target, "vm", Phase::Precopy).await;
-    proxy.cut();
-    until("the target sees it", async || {
-        !target.migrations().await.unwrap()[0].link_up
-    })
-    .await;
+    let names = disks.names();
+    let running = disks.start(&[&world.source]);
+    cut_in_precopy(&world, &proxy, &names, &target).await;
     target.cancel(&name("vm")).await.unwrap();
     assert!(ended(&target, "vm").await.phase.has_ended());
     proxy.mend();
@@ -165,8 +163,8 @@ async fn a_source_hears_later_that_the_target_gave_up() {
         status.error.as_ref().unwrap().contains("target"),
         "{status:?}"
     );
-    let guest = running.stop().await;
-    guest.check_all(&world.source.socket("vm"), "vm");
+    let disks = running.stop().await;
+    disks.check_all(&world.source);
     target_agent.stop().await;
     source_agent.stop().await;
 }

@@ -124,7 +124,7 @@ impl Guest {
     }
 
     fn plan(&mut self) -> Step {
-        let blocks = (self.model.len() / REQUEST) as u64;
+        let blocks = self.model.len().div_ceil(REQUEST) as u64;
         // Half of the requests go to a twentieth of the disk.
         let block = match self.rng.below(2) {
             0 => self.rng.below(blocks),
@@ -135,9 +135,17 @@ impl Guest {
             0..5 => Step::Read(at),
             5 => Step::Zero(at),
             6 => Step::Flush,
-            7 => Step::Write(at + 512, self.fresh(1024)),
-            _ => Step::Write(at, self.fresh(REQUEST)),
+            7 if self.length(at) == REQUEST => Step::Write(at + 512, self.fresh(1024)),
+            _ => {
+                let length = self.length(at);
+                Step::Write(at, self.fresh(length))
+            }
         }
+    }
+
+    /// Bytes of the block at `at`: the last one may be short.
+    fn length(&self, at: usize) -> usize {
+        REQUEST.min(self.model.len() - at)
     }
 
     fn fresh(&mut self, bytes: usize) -> Vec<u8> {
@@ -150,15 +158,10 @@ impl Guest {
     fn run(&mut self, client: &mut Client, step: &Step) -> bool {
         let done = match step {
             Step::Read(at) => {
-                let mut got = vec![0; REQUEST];
+                let mut got = vec![0; self.length(*at)];
                 let done = client.read(*at as u64, &mut got);
                 if done.is_ok() {
-                    assert!(
-                        got == self.model[*at..*at + REQUEST],
-                        "wrong content at {at}: {:?}… instead of {:?}…",
-                        &got[..16],
-                        &self.model[*at..*at + 16]
-                    );
+                    assert_same(&got, &self.model[*at..*at + got.len()], *at);
                 }
                 done
             }
@@ -170,9 +173,10 @@ impl Guest {
                 done
             }
             Step::Zero(at) => {
-                let done = client.write_zeroes(*at as u64, REQUEST as u32, true);
+                let length = self.length(*at);
+                let done = client.write_zeroes(*at as u64, length as u32, true);
                 if done.is_ok() {
-                    self.model[*at..*at + REQUEST].fill(0);
+                    self.model[*at..*at + length].fill(0);
                 }
                 done
             }

@@ -8,6 +8,7 @@
 mod api;
 mod crash;
 mod cuts;
+mod disks;
 mod guest;
 mod migrate;
 mod proxy;

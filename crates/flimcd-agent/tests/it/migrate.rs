@@ -1,52 +1,38 @@
 //! Migrations that go well, under load.
 
 use flimcd_agent::api::{
-    CreateVolume, ImportVolume, MigrationStatus, OwnershipState, Phase, Role, Strategy, Switchover,
+    CreateVolume, MigrationStatus, OwnershipState, Phase, Role, Strategy, Switchover,
 };
 
 use crate::{
-    guest::{Guest, content, write_sparse},
+    disks::{Disk, Disks, THREE, TWO, migrate},
+    guest::Guest,
     site::{World, ended, in_phase, name, to_beta, until},
 };
 
 const MIB: usize = 1 << 20;
+const SMALL: &[Disk] = &[("vm", 16 * MIB)];
 
-/// Imports an image of `bytes` at the source and starts a guest on it.
-async fn set_up(world: &World, bytes: usize) -> Guest {
-    let image = world.dir.path().join("disk.img");
-    let content = content(bytes, 7);
-    write_sparse(&image, &content);
-    let request = ImportVolume {
-        name: name("vm"),
-        path: image,
-        tenant: None,
-    };
-    world.source.client().import_volume(&request).await.unwrap();
-    Guest::new(content, 11)
-}
-
-/// The guest works until the migration is ready, is stopped, and goes on at the target.
-async fn migrate_with(strategy: Strategy) -> (World, MigrationStatus) {
+/// The guests work until the migration is ready, are stopped, and go on at the target.
+async fn migrate_with(strategy: Strategy, disks: &[Disk]) -> (World, MigrationStatus) {
     let mut world = World::new();
     let (source_agent, target_agent) = world.start().await;
-    let guest = set_up(&world, 32 * MIB).await;
+    let disks = Disks::import(&world, disks, 7).await;
+    let names = disks.names();
     let (source, target) = (world.source.client(), world.target.client());
-    let running = guest.start(&[world.source.socket("vm")], "vm");
-    until("the guest works", async || running.count() > 50).await;
-    source
-        .migrate(&name("vm"), &to_beta(strategy, Switchover::Auto))
-        .await
-        .unwrap();
+    let running = disks.start(&[&world.source]);
+    running.works(50).await;
+    let begun = migrate(&source, &names, &to_beta(strategy, Switchover::Auto)).await;
+    assert_eq!(begun.volumes, names);
     until("it is ready", async || {
         let status = &source.migrations().await.unwrap()[0];
         assert!(!status.phase.has_ended(), "{status:?}");
         status.ready_for_switchover
     })
     .await;
-    // A guest is connected, so nothing happens yet.
+    // Guests are connected, so nothing happens yet.
     assert_eq!(source.migrations().await.unwrap()[0].phase, Phase::Precopy);
-    let guest = running.stop().await;
-    let running = guest.start(&[world.target.socket("vm")], "vm");
+    let running = running.stop().await.start(&[&world.target]);
     let at_source = ended(&source, "vm").await;
     let at_target = ended(&target, "vm").await;
     assert_eq!(
@@ -57,29 +43,31 @@ async fn migrate_with(strategy: Strategy) -> (World, MigrationStatus) {
         (at_target.phase, at_target.role),
         (Phase::Completed, Role::Target)
     );
-    let before = running.count();
-    until("the guest works at the target", async || {
-        running.count() > before + 50
-    })
-    .await;
-    let guest = running.stop().await;
-    guest.check_all(&world.target.socket("vm"), "vm");
-    let here = target.volume(&name("vm")).await.unwrap();
-    assert_eq!((here.ownership, here.epoch), (OwnershipState::Owner, 2));
-    let there = source.volume(&name("vm")).await.unwrap();
     assert_eq!(
-        (there.ownership, there.epoch),
-        (OwnershipState::Released, 2)
+        (&at_target.volumes, at_target.bytes_total),
+        (&names, begun.bytes_total)
     );
+    running.works(50).await;
+    let disks = running.stop().await;
+    disks.check_all(&world.target);
+    for volume in &names {
+        let here = target.volume(volume).await.unwrap();
+        assert_eq!((here.ownership, here.epoch), (OwnershipState::Owner, 2));
+        let there = source.volume(volume).await.unwrap();
+        assert_eq!(
+            (there.ownership, there.epoch),
+            (OwnershipState::Released, 2)
+        );
+    }
     target_agent.stop().await;
     source_agent.stop().await;
-    guest.check_file(&world.target.image("vm"));
+    disks.check_files(&world.target);
     (world, at_source)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_disk_moves_under_load_with_flimcd() {
-    let (_world, status) = migrate_with(Strategy::Flimcd).await;
+    let (_world, status) = migrate_with(Strategy::Flimcd, &[("vm", 32 * MIB)]).await;
     assert!(
         status.downtime_ms.is_some() && status.bytes_sent > 0,
         "{status:?}"
@@ -89,7 +77,7 @@ async fn a_disk_moves_under_load_with_flimcd() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_disk_moves_under_load_with_postcopy() {
-    let (_world, status) = migrate_with(Strategy::Postcopy).await;
+    let (_world, status) = migrate_with(Strategy::Postcopy, &[("vm", 32 * MIB)]).await;
     assert!(
         status.missing_blocks_at_switch.unwrap() > 1000,
         "{status:?}"
@@ -98,9 +86,31 @@ async fn a_disk_moves_under_load_with_postcopy() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_disk_moves_under_load_with_precopy() {
-    let (_world, status) = migrate_with(Strategy::Precopy).await;
+    let (_world, status) = migrate_with(Strategy::Precopy, &[("vm", 32 * MIB)]).await;
     assert_eq!(status.missing_blocks_at_switch, Some(0), "{status:?}");
     assert_eq!(status.guest_reads_missed, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn three_disks_move_together_with_flimcd() {
+    let (_world, status) = migrate_with(Strategy::Flimcd, THREE).await;
+    let sizes: usize = THREE.iter().map(|(_, bytes)| bytes).sum();
+    assert_eq!(status.bytes_total, sizes as u64);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn three_disks_move_together_with_postcopy() {
+    let (_world, status) = migrate_with(Strategy::Postcopy, THREE).await;
+    assert!(
+        status.missing_blocks_at_switch.unwrap() > 1000,
+        "{status:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_disks_move_together_with_precopy() {
+    let (_world, status) = migrate_with(Strategy::Precopy, TWO).await;
+    assert_eq!(status.missing_blocks_at_switch, Some(0), "{status:?}");
 }
 
 /// The guest stays connected: its requests are parked, refused as moved, and made again at the target.
@@ -108,23 +118,18 @@ async fn a_disk_moves_under_load_with_precopy() {
 async fn an_operator_switches_while_the_guest_is_connected() {
     let mut world = World::new();
     let (source_agent, target_agent) = world.start().await;
-    let guest = set_up(&world, 16 * MIB).await;
+    let disks = Disks::import(&world, TWO, 7).await;
+    let names = disks.names();
     let source = world.source.client();
-    let sockets = [world.source.socket("vm"), world.target.socket("vm")];
-    let running = guest.start(&sockets, "vm");
-    until("the guest works", async || running.count() > 50).await;
+    let running = disks.start(&[&world.source, &world.target]);
+    running.works(50).await;
     let request = to_beta(Strategy::Flimcd, Switchover::Manual);
-    source.migrate(&name("vm"), &request).await.unwrap();
+    migrate(&source, &names, &request).await;
     in_phase(&source, "vm", Phase::Precopy).await;
     source.switchover(&name("vm")).await.unwrap();
     assert_eq!(ended(&source, "vm").await.phase, Phase::Completed);
-    let before = running.count();
-    until("the guest works at the target", async || {
-        running.count() > before + 50
-    })
-    .await;
-    let guest = running.stop().await;
-    guest.check_all(&world.target.socket("vm"), "vm");
+    running.works(50).await;
+    running.stop().await.check_all(&world.target);
     target_agent.stop().await;
     source_agent.stop().await;
 }
@@ -135,15 +140,7 @@ async fn odd_and_empty_volumes_move() {
     let mut world = World::new();
     let (source_agent, target_agent) = world.start().await;
     let (source, target) = (world.source.client(), world.target.client());
-    let odd = content(3 * MIB + 1234, 3);
-    let image = world.dir.path().join("odd.img");
-    write_sparse(&image, &odd);
-    let import = ImportVolume {
-        name: name("odd"),
-        path: image,
-        tenant: None,
-    };
-    source.import_volume(&import).await.unwrap();
+    let odd = Disks::import(&world, &[("odd", 3 * MIB + 1234)], 3).await;
     let create = CreateVolume {
         name: name("empty"),
         size_bytes: 5_000_000,
@@ -168,7 +165,7 @@ async fn odd_and_empty_volumes_move() {
     }
     target_agent.stop().await;
     source_agent.stop().await;
-    Guest::new(odd, 1).check_file(&world.target.image("odd"));
+    odd.check_files(&world.target);
     Guest::new(vec![0; 5_000_000], 1).check_file(&world.target.image("empty"));
 }
 
@@ -178,9 +175,9 @@ async fn odd_and_empty_volumes_move() {
 async fn a_cancelled_migration_leaves_nothing() {
     let mut world = World::new();
     let (source_agent, target_agent) = world.start().await;
-    let guest = set_up(&world, 16 * MIB).await;
+    let disks = Disks::import(&world, SMALL, 7).await;
     let (source, target) = (world.source.client(), world.target.client());
-    let running = guest.start(&[world.source.socket("vm")], "vm");
+    let running = disks.start(&[&world.source]);
     let mut request = to_beta(Strategy::Flimcd, Switchover::Manual);
     request.bandwidth_bytes_per_sec = Some(1 << 20);
     source.migrate(&name("vm"), &request).await.unwrap();
@@ -198,15 +195,14 @@ async fn a_cancelled_migration_leaves_nothing() {
             && !world.target.socket("vm").exists()
     })
     .await;
-    let before = running.count();
-    until("the guest works on", async || running.count() > before + 50).await;
+    running.works(50).await;
 
     request.bandwidth_bytes_per_sec = None;
     request.switchover = Switchover::Auto;
     source.migrate(&name("vm"), &request).await.unwrap();
-    let guest = running.stop().await;
+    let disks = running.stop().await;
     assert_eq!(ended(&source, "vm").await.phase, Phase::Completed);
-    guest.check_all(&world.target.socket("vm"), "vm");
+    disks.check_all(&world.target);
     target_agent.stop().await;
     source_agent.stop().await;
 }
