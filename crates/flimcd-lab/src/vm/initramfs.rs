@@ -14,6 +14,8 @@ const GROUPS: &[(&str, &[&str])] = &[
             "virtio_blk",
             "virtio_net",
             "virtio_rng",
+            // Ext4 asks for it by name only.
+            "crc32c_generic",
             "ext4",
         ],
     ),

@@ -19,6 +19,35 @@
 //! qemu.power_off()?; // clean; or drop it: killed
 //! # Ok(()) }
 //! ```
+//! A move (root needed, because of the namespaces): two sites, a guest under load at A, a client that
+//! records gaps, and agents of the real program at either site.
+//! ```no_run
+//! use flimcd_lab::{vm::*, wan::Side};
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let (tools, dir) = (Requirements::check()?, tempfile::tempdir()?);
+//! # let image = GuestImage::build(&tools, dir.path(), &GuestSpec::default())?;
+//! let options = StageOptions {
+//!     link: "100mbit,40ms,loss=0.1%".parse()?,
+//!     seed: 1,
+//!     memory_mib: 192,
+//!     load: LoadSettings::default(),
+//!     layout: Layout::Raw,
+//!     warm_up_s: 3,
+//! };
+//! let stage = Stage::start(&tools, dir.path(), &image, &options)?;
+//! let flimcd = std::path::Path::new("target/debug/flimcd"); // env!("CARGO_BIN_EXE_flimcd") in its tests
+//! let agents = Agents::start(&stage.sites, dir.path(), flimcd, ["", ""])?; // more configuration
+//! let start = std::time::Instant::now();
+//! stage.sites.ask_guest("mark before 64")?; // wherever the guest runs
+//! // … agents.at(Side::A).api_socket(), stage.source.qmp(), stage.target_disks(AtTarget::Nothing)?,
+//! //   stage.target_spec(…).arguments() for a template or stage.spawn_target(…)? for `-incoming` …
+//! stage.sites.wan().cut(); // and restore(), set_model()
+//! agents.at(Side::B).kill(); // and restart()
+//! let seen = stage.client.report(start, std::time::Instant::now()); // JSON-able
+//! # Ok(()) }
+//! ```
+//! QEMU's own migration of the same stage is [`baseline`].
+//!
 //! By hand: `cargo run -p flimcd-lab --example guest` boots a guest and gives a shell in it.
 //!
 //! What the guest runs and what it answers is in `guest/main.rs` and `guest/services.rs` of this

@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    io::{self, BufRead as _, BufReader, Write as _},
+    io::{self, BufRead as _, BufReader, Read, Write},
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -16,7 +16,7 @@ use super::{LoadLine, QemuSpec};
 /// A guest that is not up after this will never be, however busy the machine is.
 const READY_MAX: Duration = Duration::from_secs(180);
 /// Longest that a command may take the guest; `verify` of a large load is slow under emulation.
-const CONTROL_MAX: Duration = Duration::from_secs(180);
+pub(super) const CONTROL_MAX: Duration = Duration::from_secs(180);
 /// Between two looks at something that gives no notice.
 const POLL: Duration = Duration::from_millis(20);
 const LOG_TAIL_LINES: usize = 12;
@@ -40,6 +40,12 @@ pub enum QemuError {
         /// How it ended.
         status: String,
         /// The end of its log.
+        log: String,
+    },
+    /// The guest said that it cannot boot or run its load.
+    #[error("the guest does not come up; it said: {log}")]
+    Boot {
+        /// The end of what it printed.
         log: String,
     },
     /// Something did not happen in time.
@@ -180,8 +186,19 @@ impl Qemu {
     /// # Errors
     /// QEMU ended, or the guest took too long.
     pub fn wait_ready(&self) -> Result<(), QemuError> {
-        self.wait_for("first second of load", READY_MAX, || {
-            (!self.load_lines().is_empty()).then_some(())
+        let is_up = self.wait_for("first second of load", READY_MAX, || {
+            if !self.load_lines().is_empty() {
+                return Some(true);
+            }
+            let serial = self.serial();
+            let is_lost = serial.contains("BAD ") || serial.contains("Kernel panic");
+            is_lost.then_some(false)
+        })?;
+        if is_up {
+            return Ok(());
+        }
+        Err(QemuError::Boot {
+            log: tail(&self.serial()),
         })
     }
 
@@ -230,40 +247,19 @@ impl Qemu {
     }
 
     /// Gives the guest's program a command (see `guest/services.rs`) over the second serial line and
-    /// returns its answer, all lines. Works without a network.
+    /// returns its answer, all lines. Works without a network; a guest that moves meanwhile answers at
+    /// the other end, see [`Sites::ask_guest`](super::Sites::ask_guest).
     ///
     /// # Errors
     /// [`QemuError::Control`] with the guest's answer when that is an error.
     pub fn control(&self, command: &str) -> Result<String, QemuError> {
         let _turn = self.control.lock().unwrap_or_else(PoisonError::into_inner);
-        let failed = |text: String| QemuError::Control {
-            command: command.to_owned(),
-            text,
+        let ask = || -> io::Result<String> {
+            let stream = UnixStream::connect(self.spec.control_socket())?;
+            stream.set_read_timeout(Some(CONTROL_MAX))?;
+            converse(stream, command)
         };
-        let answer = self
-            .ask(command)
-            .map_err(|error| failed(error.to_string()))?;
-        match answer.lines().last() {
-            Some(line) if line.starts_with("OK") => Ok(answer),
-            _ => Err(failed(answer)),
-        }
-    }
-
-    fn ask(&self, command: &str) -> io::Result<String> {
-        let mut stream = UnixStream::connect(self.spec.control_socket())?;
-        stream.set_read_timeout(Some(CONTROL_MAX))?;
-        stream.write_all(format!("{command}\n").as_bytes())?;
-        let mut lines = Vec::new();
-        for line in BufReader::new(stream).lines() {
-            let line = line?;
-            let line = line.trim_end().to_owned();
-            let is_last = line.starts_with("OK") || line.starts_with("ERROR");
-            lines.push(line);
-            if is_last {
-                return Ok(lines.join("\n"));
-            }
-        }
-        Err(io::ErrorKind::UnexpectedEof.into())
+        check_answer(command, ask())
     }
 
     /// Stops the load, puts everything on the disk and switches the guest off; returns when QEMU has
@@ -304,6 +300,34 @@ impl Qemu {
 impl Drop for Qemu {
     fn drop(&mut self) {
         self.kill();
+    }
+}
+
+/// Sends a command and reads lines until the last one of the answer.
+pub(super) fn converse(mut stream: impl Read + Write, command: &str) -> io::Result<String> {
+    stream.write_all(format!("{command}\n").as_bytes())?;
+    let mut lines = Vec::new();
+    for line in BufReader::new(stream).lines() {
+        let line = line?.trim_end().to_owned();
+        let is_last = line.starts_with("OK") || line.starts_with("ERROR");
+        lines.push(line);
+        if is_last {
+            return Ok(lines.join("\n"));
+        }
+    }
+    Err(io::ErrorKind::UnexpectedEof.into())
+}
+
+/// Tells answers from refusals.
+pub(super) fn check_answer(command: &str, answer: io::Result<String>) -> Result<String, QemuError> {
+    let failed = |text| QemuError::Control {
+        command: command.to_owned(),
+        text,
+    };
+    let answer = answer.map_err(|error| failed(error.to_string()))?;
+    match answer.lines().last() {
+        Some(line) if line.starts_with("OK") => Ok(answer),
+        _ => Err(failed(answer)),
     }
 }
 

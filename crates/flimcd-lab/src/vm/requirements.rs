@@ -10,6 +10,9 @@ use super::{GUEST_PROGRAM, modules};
 
 /// Names the directory or file of the guest's kernel.
 const KERNEL_VARIABLE: &str = "FLIMCD_GUEST_KERNEL";
+/// Modules that tell what a kernel can do.
+const VIRTIO: &str = "virtio_blk";
+const SATA: &str = "ahci";
 
 /// Finds the programs and the kernel that a guest is made of.
 #[derive(Clone, Debug, Default)]
@@ -18,6 +21,8 @@ pub struct Requirements {
     /// makes it from a kernel package. `None` looks at `FLIMCD_GUEST_KERNEL`, then at
     /// `~/.cache/flimcd/guest-kernel`, then at `/`.
     pub kernel_dir: Option<PathBuf>,
+    /// Only a kernel with a driver for SATA disks will do.
+    pub needs_sata: bool,
 }
 
 /// What was found.
@@ -45,7 +50,7 @@ impl Tools {
     /// Whether the guest's kernel has a driver for SATA disks. Debian's cloud kernels have none.
     #[must_use]
     pub fn has_sata(&self) -> bool {
-        modules::Index::read(&self.modules).is_ok_and(|index| index.has("ahci"))
+        modules::Index::read(&self.modules).is_ok_and(|index| index.has(SATA))
     }
 }
 
@@ -139,17 +144,43 @@ impl Requirements {
                 .chain([PathBuf::from("/")])
                 .collect(),
         };
-        let found = places.iter().find_map(|place| kernel_in(place));
+        let found = places.iter().find_map(|place| self.kernel_in(place));
         found.ok_or_else(|| {
             let places: Vec<_> = places
                 .iter()
                 .map(|place| place.display().to_string())
                 .collect();
+            let (driver, flavour) = if self.needs_sata {
+                (SATA, "amd64")
+            } else {
+                (VIRTIO, "cloud-amd64")
+            };
             format!(
-                "no kernel for the guest with virtio modules in {} (scripts/guest-kernel.sh \
-                 unpacks Debian's; {KERNEL_VARIABLE} names another place)",
+                "no kernel for the guest with the module {driver} in {} (`scripts/guest-kernel.sh \
+                 {flavour}` unpacks Debian's; {KERNEL_VARIABLE} names another place)",
                 places.join(", ")
             )
+        })
+    }
+
+    /// The newest kernel under `root` that can be read and has the modules a guest needs.
+    fn kernel_in(&self, root: &Path) -> Option<(PathBuf, PathBuf)> {
+        let mut kernels: Vec<String> = fs::read_dir(root.join("boot"))
+            .ok()?
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+            .filter_map(|name| Some(name.strip_prefix("vmlinuz-")?.to_owned()))
+            .collect();
+        kernels.sort();
+        kernels.into_iter().rev().find_map(|version| {
+            let kernel = root.join("boot").join(format!("vmlinuz-{version}"));
+            let modules = ["lib/modules", "usr/lib/modules"]
+                .map(|dir| root.join(dir).join(&version))
+                .into_iter()
+                .find(|dir| dir.is_dir())?;
+            fs::File::open(&kernel).ok()?;
+            let index = modules::Index::read(&modules).ok()?;
+            let does = index.has(VIRTIO) && (!self.needs_sata || index.has(SATA));
+            does.then_some((kernel, modules))
         })
     }
 }
@@ -158,26 +189,6 @@ fn cache_dir() -> Option<PathBuf> {
     let cache = env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     let cache = cache.or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cache")))?;
     Some(cache.join("flimcd/guest-kernel"))
-}
-
-/// The newest kernel under `root` that can be read and has the modules a guest needs.
-fn kernel_in(root: &Path) -> Option<(PathBuf, PathBuf)> {
-    let mut kernels: Vec<String> = fs::read_dir(root.join("boot"))
-        .ok()?
-        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-        .filter_map(|name| Some(name.strip_prefix("vmlinuz-")?.to_owned()))
-        .collect();
-    kernels.sort();
-    kernels.into_iter().rev().find_map(|version| {
-        let kernel = root.join("boot").join(format!("vmlinuz-{version}"));
-        let modules = ["lib/modules", "usr/lib/modules"]
-            .map(|dir| root.join(dir).join(&version))
-            .into_iter()
-            .find(|dir| dir.is_dir())?;
-        fs::File::open(&kernel).ok()?;
-        let index = modules::Index::read(&modules).ok()?;
-        index.has("virtio_blk").then_some((kernel, modules))
-    })
 }
 
 /// Looks in `PATH` and where administrators' programs are, which `PATH` may lack.
@@ -213,10 +224,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let requirements = Requirements {
             kernel_dir: Some(dir.path().to_owned()),
+            needs_sata: true,
         };
         let text = requirements.find().unwrap_err().to_string();
         assert!(text.contains(&dir.path().display().to_string()), "{text}");
-        assert!(text.contains("guest-kernel.sh"), "{text}");
+        assert!(text.contains("guest-kernel.sh amd64"), "{text}");
         assert!(find_program("no-such-program-here").is_none());
     }
 }

@@ -12,9 +12,18 @@
 //! Unix sockets are not divided by network namespaces: agents' APIs and monitors are reached from
 //! anywhere. It needs root and iproute2.
 
-use std::{io, net::Ipv4Addr, process::Command};
+use std::{
+    io,
+    net::{Ipv4Addr, TcpStream},
+    process::Command,
+    time::Duration,
+};
 
-use super::{Net, requirements::find_program};
+use super::{
+    Net, QemuError,
+    process::{CONTROL_MAX, check_answer, converse},
+    requirements::find_program,
+};
 use crate::wan::{
     LinkModel, Side,
     tun::{Namespace, NamespaceError, NamespaceLab, NamespaceOptions, RouterCounters, SideThread},
@@ -24,6 +33,10 @@ use crate::wan::{
 const TAP: &str = "tap0";
 /// Inner packets: Ethernet's 1500 less what VXLAN adds.
 const INNER_MTU: &str = "1450";
+
+/// The guest's program takes commands there.
+const CONTROL_PORT: u16 = 7001;
+const CONNECT_MAX: Duration = Duration::from_secs(30);
 
 /// Where something runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -144,6 +157,32 @@ impl Sites {
     pub fn prefix(&self, place: Place) -> Vec<String> {
         let net = format!("--net={}", self.namespace(place).path());
         vec!["nsenter".to_owned(), net, "--".to_owned()]
+    }
+
+    /// Gives the guest's program a command from the client's place (see `guest/services.rs`) and returns
+    /// its answer. Finds the guest wherever it runs, also when it moves meanwhile.
+    ///
+    /// # Errors
+    /// [`QemuError::Control`] with the guest's answer when that is an error, or when none came.
+    pub fn ask_guest(&self, command: &str) -> Result<String, QemuError> {
+        let failed = |text: String| QemuError::Control {
+            command: command.to_owned(),
+            text,
+        };
+        let line = command.to_owned();
+        let ask = move || -> io::Result<String> {
+            let to = (Self::GUEST, CONTROL_PORT).into();
+            let stream = TcpStream::connect_timeout(&to, CONNECT_MAX)?;
+            stream.set_read_timeout(Some(CONTROL_MAX))?;
+            converse(stream, &line)
+        };
+        let thread = self
+            .run_in(Place::Client, ask)
+            .map_err(|error| failed(error.to_string()))?;
+        let answer = thread
+            .join()
+            .map_err(|_| failed("a thread of the lab panicked".to_owned()))?;
+        check_answer(command, answer)
     }
 
     /// Sets the congestion control of connections between the sites, whichever program makes them.

@@ -5,9 +5,13 @@ use flimcd_lab::vm::{
     Storage, Style, Tools,
 };
 
-#[expect(clippy::print_stderr, reason = "a skipped test says so")]
 pub(crate) fn tools() -> Option<Tools> {
-    match Requirements::check() {
+    find(&Requirements::default())
+}
+
+#[expect(clippy::print_stderr, reason = "a skipped test says so")]
+fn find(requirements: &Requirements) -> Option<Tools> {
+    match requirements.find() {
         Ok(tools) => Some(tools),
         Err(missing) => {
             eprintln!("SKIPPED: {missing}");
@@ -101,8 +105,36 @@ fn several_disks_in_every_way_that_qemu_has() {
     );
     let verified = qemu.control("verify").unwrap();
     assert_eq!(verified, "OK files=0 blocks=3072 pages=4096 errors=0");
+    assert_eq!(qemu.complaints(), Vec::<String>::new());
     qemu.power_off().unwrap();
     tools.check_file_system(&image.disks[2]).unwrap();
+}
+
+#[test]
+fn a_guest_boots_from_sata() {
+    let requirements = Requirements {
+        needs_sata: true,
+        ..Requirements::default()
+    };
+    let Some(tools) = find(&requirements) else {
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let guest = GuestSpec {
+        load_bytes: 4 << 20,
+        ..GuestSpec::default()
+    };
+    let image = GuestImage::build(&tools, dir.path(), &guest).unwrap();
+    let mut spec = QemuSpec::new("vm", &dir.path().join("run"), &image);
+    spec.disks = vec![DiskSpec {
+        bus: Bus::Sata,
+        ..DiskSpec::new("disk0", &image.disks[0])
+    }];
+    let qemu = spec.spawn(&tools).unwrap();
+    qemu.wait_ready().unwrap();
+    let verified = qemu.control("verify").unwrap();
+    assert!(verified.ends_with("errors=0"), "{verified}");
+    assert_eq!(qemu.complaints(), Vec::<String>::new());
 }
 
 #[test]

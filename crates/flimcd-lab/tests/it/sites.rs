@@ -50,6 +50,12 @@ fn a_client_reaches_a_guest_at_either_site() {
     let client = Client::start(&sites).unwrap();
     let start = Instant::now();
     assert!(client.wait_answers_after(start, Duration::from_secs(30)));
+    let marked = sites.ask_guest("mark one 8").unwrap();
+    assert_eq!(
+        qemu.control("sums").unwrap(),
+        format!("SUM one {}\nOK", &marked[3..])
+    );
+    assert!(sites.ask_guest("nonsense").is_err());
     let before = sites.counters();
     assert!(
         before.a_to_b.bytes > 0 && before.b_to_a.bytes > 0,
