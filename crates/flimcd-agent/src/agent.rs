@@ -6,7 +6,7 @@
 //! ```
 //! Whatever fails on the way up is said, and what was opened is closed again.
 
-use flimcd_core::SiteName;
+use flimcd_core::{SiteName, VolumeName};
 use flimcd_link::{Endpoint, LinkConfig, TlsIdentity};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -28,10 +28,11 @@ use crate::{
     api::{LinkStatus, MigrationStatus, Status, server},
     dirs::{self, ApiSocket, StateLock},
     error::StartError,
-    hosting::Hosting,
+    hosting::{Hosting, ImageLocks},
     links::PeerLink,
     migration::{hooks::Sessions, progress::unix_ms, settle::settle_all, store::Store},
     registry::Registry,
+    vm::{CareState, Vms},
 };
 
 /// How long open API requests may take when the agent stops.
@@ -42,6 +43,7 @@ pub(crate) struct Agent {
     pub(crate) config: Config,
     pub(crate) store: Store,
     pub(crate) hosting: Hosting,
+    pub(crate) vms: Arc<Vms>,
     pub(crate) registry: Registry,
     /// Those who move machines, and wait for what happens to their disks.
     pub(crate) sessions: Arc<Sessions>,
@@ -181,12 +183,13 @@ pub async fn start(config: Config) -> Result<RunningAgent, StartError> {
         source,
     };
     let (store, records) = Store::open(directory.clone()).map_err(unusable)?;
+    let vms = Vms::open(config.state_dir.join("vms")).map_err(unusable)?;
     let hosting = {
-        let (config, records) = (config.clone(), records.clone());
+        let (config, vms, records) = (config.clone(), vms.clone(), records.clone());
         // A panic here is a bug that is better seen.
         let opened = tokio::task::spawn_blocking(move || {
             settle_all(&config.state_dir.join("volumes"), &records)?;
-            Hosting::open(&config)
+            Hosting::open(&config, |volume| image_locks(&vms, volume))
         })
         .await;
         opened.map_err(|panic| unusable(std::io::Error::other(panic)))??
@@ -203,6 +206,7 @@ pub async fn start(config: Config) -> Result<RunningAgent, StartError> {
         config,
         store,
         hosting,
+        vms,
         registry: Registry::default(),
         sessions: Arc::default(),
         endpoint,
@@ -213,6 +217,7 @@ pub async fn start(config: Config) -> Result<RunningAgent, StartError> {
         listen,
     });
     agent.resume(records).await;
+    agent.resume_vms();
     let routers = agent
         .links
         .values()
@@ -297,6 +302,16 @@ async fn serve_api(agent: Arc<Agent>, listener: UnixListener) {
     let served = axum::serve(listener, server::router(agent)).with_graceful_shutdown(stopped);
     if let Err(error) = served.await {
         tracing::error!("the API has failed: {error}");
+    }
+}
+
+/// What a start does about the locks of a volume's image: a machine that was in the middle of being taken or given
+/// back may have its QEMU on the image.
+fn image_locks(vms: &Vms, volume: &VolumeName) -> ImageLocks {
+    match vms.of_volume(volume).map(|record| record.state) {
+        None => ImageLocks::Take,
+        Some(CareState::InCare) => ImageLocks::TakeOrDoNotServe,
+        Some(CareState::Adopting | CareState::Releasing) => ImageLocks::Leave,
     }
 }
 

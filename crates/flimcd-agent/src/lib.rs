@@ -29,6 +29,7 @@ mod ops;
 mod registry;
 mod resume;
 mod tasks;
+mod vm;
 
 pub use agent::{RunningAgent, run, start};
 pub use config::Config;

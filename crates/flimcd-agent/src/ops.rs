@@ -92,6 +92,7 @@ impl Agent {
         let (agent, name) = (self.clone(), name.clone());
         let removed = blocking(move || {
             agent.hosting.remove(&name, delete_image, || {
+                agent.check_not_of_vm(&name)?;
                 match agent.registry.running_on(&name) {
                     Some((id, _)) => Err(busy(&name, id)),
                     None => Ok(()),

@@ -8,6 +8,7 @@ use flimcd_agent::api::Strategy;
 use flimcd_core::{SiteName, VolumeName};
 
 pub(crate) use crate::demo::args::DemoArgs;
+pub(crate) use crate::commands::vm::{VmArgs, VmCommand};
 use crate::units::{parse_rate, parse_seeds, parse_size};
 
 /// Where an agent's API socket is looked for.
@@ -23,6 +24,7 @@ const API_SOCKET: &str = "/run/flimcd/api.sock";
 Examples:
   flimcd demo                             two agents, a WAN and a guest on this machine: see it move
   flimcd agent --config agent.toml        run the daemon of one site
+  flimcd vm adopt --qmp vm1.qmp           take a running QEMU's disks under care
   flimcd migrate vm1 --to lisbon --wait   move a disk and watch it
   flimcd status --watch                   what the agent is doing
 
@@ -44,6 +46,8 @@ pub(crate) enum Command {
     Agent(AgentArgs),
     /// Create, import, list, show and remove volumes
     Volume(VolumeArgs),
+    /// Take running QEMU machines under care, list and show them, give them back
+    Vm(VmArgs),
     /// Print the socket that a guest finds a volume at
     Export(ExportArgs),
     /// Move a volume to another site

@@ -14,9 +14,12 @@ use std::{
 };
 use tokio::net::UnixStream;
 
-use super::types::{
-    CreateVolume, ErrorBody, ExportInfo, ImportVolume, MigrateRequest, MigrateTogether,
-    MigrationStatus, RemovedVolume, Status, VolumeInfo,
+use super::{
+    types::{
+        CreateVolume, ErrorBody, ExportInfo, ImportVolume, MigrateRequest, MigrateTogether,
+        MigrationStatus, RemovedVolume, Status, VolumeInfo,
+    },
+    vm::{AdoptVm, VmInfo},
 };
 
 /// Longest answer that is read: thousands of volumes fit.
@@ -221,6 +224,38 @@ impl Client {
     /// [`ClientError`], as for all calls.
     pub async fn migration(&self, id: MigrationId) -> Result<MigrationStatus, ClientError> {
         self.get(&format!("/v1/migrations/{id}")).await
+    }
+
+    /// All machines under care.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn vms(&self) -> Result<Vec<VmInfo>, ClientError> {
+        self.get("/v1/vms").await
+    }
+
+    /// One machine under care.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn vm(&self, name: &VolumeName) -> Result<VmInfo, ClientError> {
+        self.get(&format!("/v1/vms/{name}")).await
+    }
+
+    /// Takes a running machine's disks under care, or only looks at them.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn adopt_vm(&self, request: &AdoptVm) -> Result<VmInfo, ClientError> {
+        self.post("/v1/vms", request).await
+    }
+
+    /// Gives a machine's disks back as plain files.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn release_vm(&self, name: &VolumeName) -> Result<VmInfo, ClientError> {
+        self.post(&format!("/v1/vms/{name}/release"), &()).await
     }
 
     async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {

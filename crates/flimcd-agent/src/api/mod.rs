@@ -3,7 +3,10 @@
 pub mod client;
 pub(crate) mod server;
 pub mod types;
+pub mod vm;
+mod vm_server;
 
 pub use client::{Client, ClientError};
 pub use server::openapi_json;
 pub use types::*;
+pub use vm::*;

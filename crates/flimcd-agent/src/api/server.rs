@@ -16,26 +16,31 @@ use serde::{Serialize, de::DeserializeOwned};
 use std::{str::FromStr, sync::Arc};
 use utoipa::OpenApi;
 
-use super::types::{
-    ApiCode, CreateVolume, ErrorBody, ExportInfo, ImportVolume, MigrateRequest, MigrateTogether,
-    MigrationStatus, RemoveQuery, RemovedVolume, Status, VolumeInfo,
+use super::{
+    types::{
+        ApiCode, CreateVolume, ErrorBody, ExportInfo, ImportVolume, MigrateRequest,
+        MigrateTogether, MigrationStatus, RemoveQuery, RemovedVolume, Status, VolumeInfo,
+    },
+    vm_server,
 };
 use crate::agent::Agent;
 
-type App = State<Arc<Agent>>;
-type Answer<T> = Result<Json<T>, ErrorBody>;
+pub(super) type App = State<Arc<Agent>>;
+pub(super) type Answer<T> = Result<Json<T>, ErrorBody>;
 
 impl IntoResponse for ErrorBody {
     fn into_response(self) -> Response {
         let status = match self.code {
             ApiCode::BadRequest | ApiCode::Image => StatusCode::BAD_REQUEST,
             ApiCode::UnknownVolume
+            | ApiCode::UnknownVm
             | ApiCode::UnknownMigration
             | ApiCode::UnknownSite
             | ApiCode::UnknownPath => StatusCode::NOT_FOUND,
             ApiCode::NotAllowed => StatusCode::FORBIDDEN,
             ApiCode::Exists | ApiCode::Busy | ApiCode::TooLate => StatusCode::CONFLICT,
             ApiCode::Io => StatusCode::INTERNAL_SERVER_ERROR,
+            ApiCode::Qemu => StatusCode::BAD_GATEWAY,
             ApiCode::Stopping => StatusCode::SERVICE_UNAVAILABLE,
         };
         (status, Json(self)).into_response()
@@ -70,7 +75,11 @@ pub fn openapi_json() -> String {
         cancel,
         migrations,
         migrate_together,
-        migration
+        migration,
+        vm_server::vms,
+        vm_server::adopt_vm,
+        vm_server::vm,
+        vm_server::release_vm
     ),
     components(schemas(ErrorBody))
 )]
@@ -89,6 +98,7 @@ pub(crate) fn router(agent: Arc<Agent>) -> Router {
         .route("/v1/volumes/{name}/cancel", post(cancel))
         .route("/v1/migrations", get(migrations).post(migrate_together))
         .route("/v1/migrations/{id}", get(migration))
+        .merge(vm_server::routes())
         .fallback(unknown_path)
         .method_not_allowed_fallback(unknown_path)
         .with_state(agent)
@@ -115,17 +125,17 @@ fn bad_request(message: String) -> ErrorBody {
     }
 }
 
-fn parse<T: FromStr<Err: std::fmt::Display>>(text: &str) -> Result<T, ErrorBody> {
+pub(super) fn parse<T: FromStr<Err: std::fmt::Display>>(text: &str) -> Result<T, ErrorBody> {
     text.parse()
         .map_err(|error: T::Err| bad_request(error.to_string()))
 }
 
-fn body<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ErrorBody> {
+pub(super) fn body<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ErrorBody> {
     serde_json::from_slice(bytes)
         .map_err(|error| bad_request(format!("the request's body is not understood: {error}")))
 }
 
-fn answer<T: Serialize>(result: Result<T, ErrorBody>) -> Answer<T> {
+pub(super) fn answer<T: Serialize>(result: Result<T, ErrorBody>) -> Answer<T> {
     result.map(Json)
 }
 
@@ -218,7 +228,9 @@ async fn migrate(
     bytes: Bytes,
 ) -> Answer<MigrationStatus> {
     let request = body::<MigrateRequest>(&bytes)?;
-    let volumes = vec![parse(&name)?];
+    let volume = parse(&name)?;
+    agent.check_not_of_vm(&volume)?;
+    let volumes = vec![volume];
     answer(agent.begin_migration(volumes, request, None).await)
 }
 
@@ -265,6 +277,9 @@ async fn migrations(State(agent): App) -> Answer<Vec<MigrationStatus>> {
 )]
 async fn migrate_together(State(agent): App, bytes: Bytes) -> Answer<MigrationStatus> {
     let asked = body::<MigrateTogether>(&bytes)?;
+    for volume in &asked.volumes {
+        agent.check_not_of_vm(volume)?;
+    }
     answer(
         agent
             .begin_migration(asked.volumes, asked.request, None)

@@ -420,6 +420,8 @@ pub enum ApiCode {
     BadRequest,
     /// No such volume.
     UnknownVolume,
+    /// No such machine under care.
+    UnknownVm,
     /// No such migration.
     UnknownMigration,
     /// No such site in the configuration.
@@ -434,6 +436,8 @@ pub enum ApiCode {
     Busy,
     /// Something else uses the image, or the file cannot be used as one.
     Image,
+    /// QEMU cannot be reached, or refused, or its machine cannot be taken.
+    Qemu,
     /// It is too late: the switch has happened or has begun.
     TooLate,
     /// A disk or the operating system failed.

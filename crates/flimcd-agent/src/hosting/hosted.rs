@@ -30,7 +30,7 @@ impl Hosted {
         runtime_dir: &Path,
     ) -> Result<Arc<Self>, flimcd_nbd::BindError> {
         let name = volume.name().clone();
-        let socket = runtime_dir.join(format!("{name}.sock"));
+        let socket = socket_of(&name, runtime_dir);
         let server = Server::bind(&socket)?;
         server.export(name.as_str(), volume.clone());
         Ok(Arc::new(Self {
@@ -38,6 +38,22 @@ impl Hosted {
             server: Mutex::new(Some(server)),
             socket,
         }))
+    }
+
+    /// A volume that no guest may use, because somebody else uses its image.
+    pub(super) fn unserved(volume: Arc<Volume>, runtime_dir: &Path) -> Arc<Self> {
+        let socket = socket_of(volume.name(), runtime_dir);
+        Arc::new(Self {
+            volume,
+            server: Mutex::new(None),
+            socket,
+        })
+    }
+
+    /// Whether guests can find it.
+    pub(crate) fn is_served(&self) -> bool {
+        let server = self.server.lock().unwrap_or_else(PoisonError::into_inner);
+        server.is_some()
     }
 
     pub(crate) fn volume(&self) -> &Arc<Volume> {
@@ -99,7 +115,7 @@ impl Hosted {
             ownership,
             peer: peer.cloned(),
             image: record.image.clone(),
-            export: Some(self.export()),
+            export: self.is_served().then(|| self.export()),
             guest_connections: self.volume.connections(),
             migration,
         }
@@ -116,6 +132,10 @@ impl Hosted {
             server.shutdown();
         }
     }
+}
+
+fn socket_of(name: &VolumeName, runtime_dir: &Path) -> PathBuf {
+    runtime_dir.join(format!("{name}.sock"))
 }
 
 /// Bytes that an image takes on its file system.

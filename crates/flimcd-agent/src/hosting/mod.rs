@@ -6,6 +6,7 @@
 
 mod arrival;
 mod hosted;
+mod in_use;
 
 use flimcd_core::{Epoch, VolumeId, VolumeName, VolumeSize};
 use flimcd_volume::{
@@ -27,6 +28,7 @@ use crate::{
 };
 pub(crate) use hosted::Hosted;
 use hosted::state_of;
+pub(crate) use in_use::ImageLocks;
 
 /// A volume's name that would make its export's socket that of the API.
 const RESERVED: &str = "api";
@@ -48,8 +50,11 @@ pub(crate) struct Hosting {
 }
 
 impl Hosting {
-    /// Opens all volumes and serves their exports. Blocks.
-    pub(crate) fn open(config: &Config) -> Result<Self, StartError> {
+    /// Opens all volumes and serves their exports; `locks` says what is done about the locks of a volume's image. Blocks.
+    pub(crate) fn open(
+        config: &Config,
+        locks: impl Fn(&VolumeName) -> ImageLocks,
+    ) -> Result<Self, StartError> {
         let path = config.state_dir.join("volumes");
         let failed = |path: &Path, error: VolumeError| StartError::Volume {
             path: path.to_owned(),
@@ -67,13 +72,14 @@ impl Hosting {
             runtime_dir: config.runtime_dir.clone(),
         };
         for name in names {
-            let volume = Volume::open(&hosting.volumes, &name, &hosting.options)
-                .map_err(|error| failed(&hosting.volumes.path_of(&name), error))?;
-            let hosted = Hosted::serve(volume, &hosting.runtime_dir).map_err(|error| {
-                StartError::Export {
-                    name: name.clone(),
-                    problem: error.to_string(),
-                }
+            let hosted = match hosting.open_volume(&name, locks(&name)) {
+                Ok((volume, true)) => Hosted::serve(volume, &hosting.runtime_dir),
+                Ok((volume, false)) => Ok(Hosted::unserved(volume, &hosting.runtime_dir)),
+                Err(error) => return Err(failed(&hosting.volumes.path_of(&name), error)),
+            };
+            let hosted = hosted.map_err(|error| StartError::Export {
+                name: name.clone(),
+                problem: error.to_string(),
             })?;
             hosting.slots().insert(name, Slot::Ready(hosted));
         }
@@ -127,6 +133,11 @@ impl Hosting {
         }
     }
 
+    /// Whether there is a volume of this name, or one is made now.
+    pub(crate) fn has(&self, name: &VolumeName) -> bool {
+        self.slots().contains_key(name)
+    }
+
     /// Makes a name ours until the guard is filled or dropped.
     fn reserve(&self, name: &VolumeName) -> Result<Reservation<'_>, ErrorBody> {
         if name.as_str() == RESERVED {
@@ -173,22 +184,25 @@ impl Hosting {
         tenant: Option<&str>,
     ) -> Result<Arc<Hosted>, ErrorBody> {
         let reservation = self.reserve(name)?;
-        let taken = self
-            .all()
-            .into_iter()
-            .find(|hosted| same_file(&hosted.record().image, image));
-        if let Some(other) = taken {
-            let message = format!(
-                "{} is the image of volume {} already",
-                image.display(),
-                other.name()
-            );
-            return Err(refuse(ApiCode::Exists, message, "one image is one volume"));
-        }
+        self.check_not_taken(image)?;
         let new = self.new_volume(name, tenant, image.to_owned());
         let volume = Volume::import(&self.volumes, new, &self.options)
             .map_err(|error| cannot_make(&error))?;
         self.put(reservation, &volume, false)
+    }
+
+    fn check_not_taken(&self, image: &Path) -> Result<(), ErrorBody> {
+        let taken = self
+            .all()
+            .into_iter()
+            .find(|hosted| same_file(&hosted.record().image, image));
+        let Some(other) = taken else { return Ok(()) };
+        let message = format!(
+            "{} is the image of volume {} already",
+            image.display(),
+            other.name()
+        );
+        Err(refuse(ApiCode::Exists, message, "one image is one volume"))
     }
 
     /// A volume that begins its life here.

@@ -6,6 +6,7 @@ pub(crate) mod migrate;
 pub(crate) mod pki;
 pub(crate) mod sim;
 pub(crate) mod status;
+pub(crate) mod vm;
 pub(crate) mod volume;
 
 use std::{future::Future, process::ExitCode};
