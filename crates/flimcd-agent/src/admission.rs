@@ -17,7 +17,9 @@
 use flimcd_core::{Epoch, InvalidSize, MigrationId, SiteName, VolumeLayout};
 use flimcd_migrate::{TargetConfig, TargetStart};
 use flimcd_volume::Ownership;
-use flimcd_wire::{Accept, ErrorCode, Message, Open, SeqRuns, SourceStage, TargetStage, WireError};
+use flimcd_wire::{
+    Accept, ErrorCode, Message, Open, SeqRuns, SourceStage, TargetStage, VmOpen, WireError,
+};
 use std::sync::Arc;
 
 use crate::{
@@ -45,6 +47,21 @@ impl Admit for Agent {
         self.spawn(async move {
             if let Err(error) = tokio::spawn(task).await {
                 tracing::error!(migration = %id, "taking a migration in has failed: {error}");
+            }
+        });
+    }
+
+    fn admit_vm(
+        self: Arc<Self>,
+        link: &Arc<PeerLink>,
+        id: MigrationId,
+        open: VmOpen,
+        inbox: Inbox,
+    ) {
+        let (agent, link) = (self.clone(), link.clone());
+        self.spawn(async move {
+            if !*agent.stop_signal().borrow() {
+                agent.vm_opened(&link, id, open, inbox).await;
             }
         });
     }

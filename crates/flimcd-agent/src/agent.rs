@@ -32,7 +32,10 @@ use crate::{
     links::PeerLink,
     migration::{hooks::Sessions, progress::unix_ms, settle::settle_all, store::Store},
     registry::Registry,
-    vm::{CareState, Vms},
+    vm::{
+        CareState, Vms,
+        session::{Moves, SessionStore},
+    },
 };
 
 /// How long open API requests may take when the agent stops.
@@ -44,6 +47,8 @@ pub(crate) struct Agent {
     pub(crate) store: Store,
     pub(crate) hosting: Hosting,
     pub(crate) vms: Arc<Vms>,
+    pub(crate) moves: Moves,
+    pub(crate) moves_store: SessionStore,
     pub(crate) registry: Registry,
     /// Those who move machines, and wait for what happens to their disks.
     pub(crate) sessions: Arc<Sessions>,
@@ -184,6 +189,8 @@ pub async fn start(config: Config) -> Result<RunningAgent, StartError> {
     };
     let (store, records) = Store::open(directory.clone()).map_err(unusable)?;
     let vms = Vms::open(config.state_dir.join("vms")).map_err(unusable)?;
+    let opened = SessionStore::open(config.state_dir.join("moves"));
+    let (moves_store, moves) = opened.map_err(unusable)?;
     let hosting = {
         let (config, vms, records) = (config.clone(), vms.clone(), records.clone());
         // A panic here is a bug that is better seen.
@@ -207,6 +214,8 @@ pub async fn start(config: Config) -> Result<RunningAgent, StartError> {
         store,
         hosting,
         vms,
+        moves: Moves::default(),
+        moves_store,
         registry: Registry::default(),
         sessions: Arc::default(),
         endpoint,
@@ -218,6 +227,7 @@ pub async fn start(config: Config) -> Result<RunningAgent, StartError> {
     });
     agent.resume(records).await;
     agent.resume_vms();
+    agent.resume_moves(moves).await;
     let routers = agent
         .links
         .values()

@@ -69,6 +69,9 @@ pub struct Config {
     /// Sites that this one deals with.
     #[serde(default, rename = "peer")]
     pub peers: Vec<Peer>,
+    /// How machines that arrive are started.
+    #[serde(default, rename = "machine")]
+    pub machines: Vec<Machine>,
     /// Bounds on what the agent takes.
     #[serde(default)]
     pub limits: Limits,
@@ -103,6 +106,33 @@ pub struct Peer {
     /// Volumes that may go there: names or patterns with `*`.
     #[serde(default)]
     pub may_receive: Vec<String>,
+}
+
+/// How machines that arrive are started.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Machine {
+    /// Machines that it is for: names or patterns with `*`. The first table that fits is taken.
+    pub vms: Vec<String>,
+    /// The command: program and arguments, with placeholders as `docs/agent.example.toml` explains them.
+    pub command: Vec<String>,
+}
+
+impl Machine {
+    fn check(&self) -> Result<(), String> {
+        self.vms
+            .iter()
+            .try_for_each(|pattern| check_pattern(pattern))?;
+        for needed in ["{control}", "{blockdevs}"] {
+            if !self.command.iter().any(|argument| argument == needed) {
+                return Err(format!(
+                    "the command lacks the argument {needed:?}; without it the agent cannot steer the machine and give \
+                     it its disks"
+                ));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Bounds on what the agent takes.
@@ -212,6 +242,16 @@ impl Config {
         self.runtime_dir.join(format!("{name}.sock"))
     }
 
+    /// The command that starts a machine of this name when it arrives.
+    #[must_use]
+    pub fn machine_for(&self, vm: &VolumeName) -> Option<Vec<String>> {
+        let machine = self
+            .machines
+            .iter()
+            .find(|machine| matches_any(&machine.vms, vm));
+        machine.map(|machine| machine.command.clone())
+    }
+
     /// The peer of that name.
     #[must_use]
     pub fn peer(&self, site: &SiteName) -> Option<&Peer> {
@@ -268,6 +308,11 @@ impl Config {
                     check_pattern(pattern).map_err(|problem| (key(list), problem))?;
                 }
             }
+        }
+        for machine in &self.machines {
+            machine
+                .check()
+                .map_err(|problem| ("machine".to_owned(), problem))?;
         }
         if self.limits.bandwidth.is_some_and(|rate| rate.0 < 1024) {
             let problem = "less than 1 KiB/s would never end; write for example \"200 Mbit/s\"";

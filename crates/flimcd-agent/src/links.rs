@@ -11,7 +11,7 @@
 
 use flimcd_core::{Epoch, MigrationId, SiteName};
 use flimcd_link::{Credit, LinkEvent, LinkHandle};
-use flimcd_wire::{Class, Frame, Message, Open};
+use flimcd_wire::{Class, Frame, Message, Open, VmMessage, VmOpen};
 use std::{
     collections::{HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -37,6 +37,10 @@ pub(crate) trait Admit: Send + Sync + 'static {
     /// A peer wants to begin or go on with a migration. The inbox is registered already and holds what
     /// has come, the `Open` included.
     fn admit(self: Arc<Self>, link: &Arc<PeerLink>, id: MigrationId, open: Open, inbox: Inbox);
+
+    /// A peer wants to move a machine here, or goes on with that. The inbox is registered already and holds what has
+    /// come.
+    fn admit_vm(self: Arc<Self>, link: &Arc<PeerLink>, id: MigrationId, open: VmOpen, inbox: Inbox);
 
     /// A peer wants `epoch` back, in a migration that no driver waits for.
     fn cancel_switch(self: Arc<Self>, link: &Arc<PeerLink>, id: MigrationId, epoch: Epoch);
@@ -172,6 +176,15 @@ impl PeerLink {
                 }
                 drop(routes);
                 admit.clone().admit(self, id, open, inbox);
+            }
+            Message::Vm(VmMessage::Open(open)) => {
+                let inbox = routes.register(id);
+                if let Some(sender) = routes.inboxes.get(&id) {
+                    let message = Message::Vm(VmMessage::Open(open.clone()));
+                    let _ = sender.send(LinkInput::Message(message, credit));
+                }
+                drop(routes);
+                admit.clone().admit_vm(self, id, open, inbox);
             }
             Message::CancelSwitch { epoch } => {
                 drop(routes);

@@ -7,8 +7,8 @@ use clap_complete::Shell;
 use flimcd_agent::api::Strategy;
 use flimcd_core::{SiteName, VolumeName};
 
-pub(crate) use crate::demo::args::DemoArgs;
 pub(crate) use crate::commands::vm::{VmArgs, VmCommand};
+pub(crate) use crate::demo::args::DemoArgs;
 use crate::units::{parse_rate, parse_seeds, parse_size};
 
 /// Where an agent's API socket is looked for.

@@ -14,6 +14,40 @@ use crate::format;
 /// Without a terminal a line is printed this often, and at every new phase.
 const PLAIN_EVERY: Duration = Duration::from_secs(2);
 
+/// What progress can be shown of.
+pub(crate) trait Shown {
+    /// Where it stands, on one line.
+    fn line(&self) -> String;
+
+    /// How much is done, of how much.
+    fn done(&self) -> (u64, u64);
+
+    /// Without a terminal a line is printed when this changes.
+    fn mark(&self) -> String;
+
+    /// Whether nothing more happens.
+    fn has_ended(&self) -> bool;
+}
+
+impl Shown for MigrationStatus {
+    fn line(&self) -> String {
+        line(self)
+    }
+
+    fn done(&self) -> (u64, u64) {
+        let blocks = self.bytes_total.div_ceil(BLOCK_SIZE);
+        (blocks.saturating_sub(self.blocks_pending), blocks)
+    }
+
+    fn mark(&self) -> String {
+        format!("{} {}", self.phase, self.ready_for_switchover)
+    }
+
+    fn has_ended(&self) -> bool {
+        self.phase.has_ended()
+    }
+}
+
 /// Where a migration stands, on one line.
 pub(crate) fn line(status: &MigrationStatus) -> String {
     let mut parts = vec![status.phase.to_string()];
@@ -48,7 +82,7 @@ pub(crate) fn line(status: &MigrationStatus) -> String {
 pub(crate) struct Progress {
     bar: Option<ProgressBar>,
     label: String,
-    last: Option<(Instant, Phase, bool)>,
+    last: Option<(Instant, String)>,
 }
 
 impl Progress {
@@ -70,24 +104,23 @@ impl Progress {
         }
     }
 
-    /// Shows where the migration stands.
-    pub(crate) fn show(&mut self, status: &MigrationStatus) {
+    /// Shows where it stands.
+    pub(crate) fn show(&mut self, status: &impl Shown) {
         if let Some(bar) = &self.bar {
-            let blocks = status.bytes_total.div_ceil(BLOCK_SIZE);
-            bar.set_length(blocks.max(1));
-            bar.set_position(blocks.saturating_sub(status.blocks_pending));
-            bar.set_message(line(status));
+            let (done, all) = status.done();
+            bar.set_length(all.max(1));
+            bar.set_position(done);
+            bar.set_message(status.line());
             return;
         }
-        let now = Instant::now();
-        let due = self.last.is_none_or(|(at, phase, ready)| {
-            phase != status.phase
-                || ready != status.ready_for_switchover
-                || now.duration_since(at) >= PLAIN_EVERY
-        });
+        let (now, mark) = (Instant::now(), status.mark());
+        let due = self
+            .last
+            .as_ref()
+            .is_none_or(|(at, last)| *last != mark || now.duration_since(*at) >= PLAIN_EVERY);
         if due {
-            eprintln!("{}: {}", self.label, line(status));
-            self.last = Some((now, status.phase, status.ready_for_switchover));
+            eprintln!("{}: {}", self.label, status.line());
+            self.last = Some((now, mark));
         }
     }
 

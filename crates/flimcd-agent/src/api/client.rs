@@ -20,6 +20,7 @@ use super::{
         MigrationStatus, RemovedVolume, Status, VolumeInfo,
     },
     vm::{AdoptVm, VmInfo},
+    vm_move::{MoveVm, VmMoveStatus},
 };
 
 /// Longest answer that is read: thousands of volumes fit.
@@ -256,6 +257,34 @@ impl Client {
     /// [`ClientError`], as for all calls.
     pub async fn release_vm(&self, name: &VolumeName) -> Result<VmInfo, ClientError> {
         self.post(&format!("/v1/vms/{name}/release"), &()).await
+    }
+
+    /// Begins to move a machine to another site.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn move_vm(
+        &self,
+        name: &VolumeName,
+        request: &MoveVm,
+    ) -> Result<VmMoveStatus, ClientError> {
+        self.post(&format!("/v1/vms/{name}/migrate"), request).await
+    }
+
+    /// The last move of a machine.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn vm_move(&self, name: &VolumeName) -> Result<VmMoveStatus, ClientError> {
+        self.get(&format!("/v1/vms/{name}/migration")).await
+    }
+
+    /// Ends the move of a machine before its switch.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn cancel_vm_move(&self, name: &VolumeName) -> Result<VmMoveStatus, ClientError> {
+        self.post(&format!("/v1/vms/{name}/cancel"), &()).await
     }
 
     async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {

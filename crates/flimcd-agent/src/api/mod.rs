@@ -4,9 +4,11 @@ pub mod client;
 pub(crate) mod server;
 pub mod types;
 pub mod vm;
+pub mod vm_move;
 mod vm_server;
 
 pub use client::{Client, ClientError};
 pub use server::openapi_json;
 pub use types::*;
 pub use vm::*;
+pub use vm_move::*;

@@ -79,7 +79,10 @@ pub fn openapi_json() -> String {
         vm_server::vms,
         vm_server::adopt_vm,
         vm_server::vm,
-        vm_server::release_vm
+        vm_server::release_vm,
+        vm_server::move_vm,
+        vm_server::vm_move,
+        vm_server::cancel_vm_move
     ),
     components(schemas(ErrorBody))
 )]

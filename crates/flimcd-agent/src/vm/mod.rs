@@ -5,6 +5,7 @@ mod errors;
 mod plan;
 pub(crate) mod ram;
 mod record;
+pub(crate) mod session;
 mod view;
 
 pub(crate) use errors::{care_error, qmp_error};

@@ -180,17 +180,22 @@ async fn until(what: &str, mut is_so: impl FnMut() -> bool) {
 }
 
 /// Pages of memory: some random, some zero, some seen before.
-fn memory(len: usize, mut seed: u32) -> Vec<u8> {
-    let mut out = Vec::with_capacity(len);
+fn memory(len: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed;
+    let mut next = || {
+        // splitmix64
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = state;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    };
+    let mut out = Vec::with_capacity(len + 4096);
     while out.len() < len {
-        seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        match seed >> 30 {
+        match next() % 4 {
             0 => out.resize(out.len() + 4096, 0),
             1 if out.len() > 8192 => out.extend_from_within(..4096),
-            _ => out.extend((0..4096u32).map(|at| {
-                let mixed = (seed ^ at).wrapping_mul(2_654_435_761);
-                mixed.to_le_bytes()[3]
-            })),
+            _ => (0..512).for_each(|_| out.extend(next().to_le_bytes())),
         }
     }
     out.truncate(len);
@@ -230,18 +235,15 @@ async fn bytes_cross_both_ways_however_often_the_link_is_cut() {
         tokio::spawn(talk(listener.accept().await.unwrap().0, back.clone())),
         tokio::spawn(talk(listener.accept().await.unwrap().0, back_too.clone())),
     ];
-    let mut cuts = 0;
     let stats = source.pump.stats.clone();
-    for acked in (1..).map(|step| step * 400_000).take(12) {
+    for acked in (1..=12).map(|step| step * 900_000) {
         let progress = || {
             let stats = *super::lock(&stats);
             stats.bytes_acked >= acked || here.iter().all(JoinHandle::is_finished)
         };
         until("the bytes go on", progress).await;
         world.wire.cut();
-        cuts += 1;
     }
-    assert!(cuts == 12);
     let [a, b] = here;
     assert!(a.await.unwrap() == back && b.await.unwrap() == back_too);
     let [a, b] = there;
@@ -257,7 +259,10 @@ async fn bytes_cross_both_ways_however_often_the_link_is_cut() {
     assert_eq!(sent.bytes_in, got.bytes_out);
     assert_eq!(sent.bytes_packed, sent.bytes_acked);
     assert_eq!(sent.bytes_packed, got.bytes_arrived);
-    assert!(sent.bytes_packed < sent.bytes_in, "{sent:?}");
+    assert!(
+        (10_800_000..sent.bytes_in).contains(&sent.bytes_packed),
+        "all the cuts came before the end: {sent:?}"
+    );
     assert_eq!(got.bytes_in, sent.bytes_out);
     let socket = socket_path(world.dir.path(), SESSION, 1);
     assert!(socket.exists());

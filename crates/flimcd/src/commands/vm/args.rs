@@ -21,6 +21,10 @@ pub(crate) struct VmArgs {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum VmCommand {
+    /// Move a machine under care to another site, with its memory, while it runs
+    Migrate(super::migrate::MigrateArgs),
+    /// End a machine's move before its switch
+    Cancel(super::migrate::CancelArgs),
     /// Take a running QEMU's disks under care, without a restart and without copying
     #[command(after_help = "\
 Examples:

@@ -1,6 +1,7 @@
 //! `flimcd vm`: machines that run, with their disks.
 
 mod args;
+mod migrate;
 mod show;
 
 use std::process::ExitCode;
@@ -13,6 +14,8 @@ pub(crate) use args::{VmArgs, VmCommand};
 
 pub(crate) async fn run(args: &VmArgs) -> anyhow::Result<ExitCode> {
     match &args.command {
+        VmCommand::Migrate(args) => return migrate::run(args).await,
+        VmCommand::Cancel(args) => return migrate::cancel(args).await,
         VmCommand::Adopt {
             qmp,
             name,
