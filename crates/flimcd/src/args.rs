@@ -7,7 +7,7 @@ use clap_complete::Shell;
 use flimcd_agent::api::Strategy;
 use flimcd_core::{SiteName, VolumeName};
 
-pub(crate) use crate::commands::vm::{VmArgs, VmCommand};
+pub(crate) use crate::commands::vm::VmArgs;
 pub(crate) use crate::demo::args::DemoArgs;
 use crate::units::{parse_rate, parse_seeds, parse_size};
 

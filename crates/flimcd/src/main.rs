@@ -17,6 +17,7 @@ mod outcome;
 mod progress;
 mod signals;
 mod units;
+mod vm_stage;
 
 use std::process::ExitCode;
 

@@ -22,6 +22,9 @@ Needs no root and no QEMU. Two agents run as real processes, and talk over a TCP
 the link's rate, delay and queue, but not loss. The guest is a load that connects with NBD and knows \
 what every byte must be. Ctrl-C at any moment stops everything and removes every file.")]
 pub(crate) struct DemoArgs {
+    /// Move a running Linux guest with its memory instead. Needs QEMU and root (network namespaces)
+    #[arg(long, conflicts_with_all = ["size", "image", "strategies", "load", "speed", "dirty"])]
+    pub(crate) vm: bool,
     /// Size of the image, which is made from the seed
     #[arg(long, value_parser = parse_size, default_value = "1GiB", conflicts_with = "image")]
     pub(crate) size: u64,

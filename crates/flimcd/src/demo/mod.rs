@@ -15,6 +15,7 @@ mod image;
 mod report;
 mod run;
 mod site;
+mod vm;
 mod world;
 
 use std::{path::Path, pin::pin, process::ExitCode, time::Duration};
@@ -38,6 +39,9 @@ use world::World;
 const STRAGGLERS: Duration = Duration::from_millis(500);
 
 pub(crate) fn run(args: &DemoArgs) -> anyhow::Result<ExitCode> {
+    if args.vm {
+        return vm::run(args);
+    }
     check_report_path(&args.json)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

@@ -5,4 +5,5 @@ mod by_hand;
 mod demo;
 mod messages;
 mod util;
+mod vm_care;
 mod walkthrough;

@@ -226,7 +226,8 @@ fn finish(json: bool, status: &VmMoveStatus, cancelled: bool) -> anyhow::Result<
     }
 }
 
-fn summary(status: &VmMoveStatus) -> String {
+/// What a move came to, for people.
+pub(crate) fn summary(status: &VmMoveStatus) -> String {
     let ended = status.ended_unix_ms.unwrap_or(status.started_unix_ms);
     let seconds = |from: u64, to: u64| format::seconds(to.saturating_sub(from) as f64 / 1e3);
     let mut text = format!(

@@ -11,6 +11,7 @@ use flimcd_agent::api::{AdoptVm, VmInfo};
 
 use super::{client, print_json};
 pub(crate) use args::{VmArgs, VmCommand};
+pub(crate) use migrate::summary as move_summary;
 
 pub(crate) async fn run(args: &VmArgs) -> anyhow::Result<ExitCode> {
     match &args.command {
