@@ -248,7 +248,9 @@ impl Graph {
         let name = |n: &NodeInfo| n.node_name.clone().unwrap_or_default();
         let format_name = format.map(name);
         let line = self.process.line();
-        let seen = line.of_file(&name(protocol), format_name.as_deref(), drive);
+        let file = self.process.absolute(&protocol.file);
+        let is_file = |f: &str| file.is_some() && self.process.absolute(f) == file;
+        let seen = line.of_file(&name(protocol), format_name.as_deref(), drive, is_file);
         // What QEMU takes when nothing is said. A file under a format's node passes discard on.
         let default_discard = if format.is_some() { "unmap" } else { "ignore" };
         let get = |key: &str, default: &str| {

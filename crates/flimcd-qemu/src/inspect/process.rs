@@ -100,12 +100,13 @@ impl CommandLine {
     }
 
     /// The options of a file's node: by its own name, or as the child of the named format node, or of the
-    /// drive.
+    /// drive, whose file is the one that `file` takes.
     pub(crate) fn of_file(
         &self,
         protocol: &str,
         format: Option<&str>,
         drive: Option<&str>,
+        file: impl Fn(&str) -> bool,
     ) -> Option<OptionMap> {
         let named = |name: &str| {
             let mut all = self.blockdevs.iter();
@@ -122,9 +123,12 @@ impl CommandLine {
             return (!child.is_empty()).then_some(child);
         }
         let drive = drive?;
-        let mut all = self.drives.iter();
-        let found = all.find(|o| o.get("id").is_some_and(|id| id == drive))?;
-        let mut found = found.clone();
+        // One without an id is called after its place, which only QEMU knows.
+        let same = |o: &&OptionMap| match o.get("id") {
+            Some(id) => id == drive,
+            None => o.get("file").is_some_and(|f| file(f)),
+        };
+        let mut found = self.drives.iter().find(same)?.clone();
         // It means the format's node. What that lets through, the file's node always passes on.
         found.insert("discard".into(), "unmap".into());
         for (key, value) in found.clone() {
@@ -190,11 +194,13 @@ mod tests {
                 "-drive",
                 "file=x,,y.raw,id=d2,aio=threads,discard=ignore,file.locking=off",
                 "-drive",
+                "file=z,if=virtio,aio=native",
+                "-drive",
             ]
             .map(str::to_owned),
         );
         let check = |protocol, format, drive, key: &str, expected: Option<&str>| {
-            let found = line.of_file(protocol, format, drive);
+            let found = line.of_file(protocol, format, drive, |f| f == "z");
             let value = found.as_ref().and_then(|o| o.get(key)).map(String::as_str);
             assert_eq!(value, expected, "{protocol} {key}");
         };
@@ -212,7 +218,8 @@ mod tests {
         check("#block2", None, Some("d2"), "discard", Some("unmap"));
         check("#block2", None, Some("d2"), "locking", Some("off"));
         check("#block2", None, Some("d2"), "file", Some("x,y.raw"));
-        check("#block2", None, Some("d3"), "aio", None);
+        check("#block2", None, Some("virtio0"), "aio", Some("native"));
+        check("#block2", None, None, "aio", None);
     }
 
     #[test]

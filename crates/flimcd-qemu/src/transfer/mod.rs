@@ -17,12 +17,14 @@
 
 mod incoming;
 mod outgoing;
+mod rescue;
 mod status;
 
 pub use incoming::{IncomingSettings, listen_incoming};
 pub use outgoing::{
     OutgoingSettings, cancel, continue_switchover, resume_guest, start_outgoing, start_postcopy,
 };
+pub use rescue::rescue_guest;
 pub use status::{
     RamStatus, TransferError, TransferState, TransferStatus, run_state, status, wait_for,
 };

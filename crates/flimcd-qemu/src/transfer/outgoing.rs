@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     incoming::set_capabilities,
-    status::{TransferError, TransferState, doing, run_state, status, wait_for},
+    status::{TransferError, TransferState, TransferStatus, doing, run_state, status, wait_for},
 };
 use crate::{
     commands::{
@@ -82,21 +82,28 @@ pub async fn start_postcopy(qmp: &Qmp) -> Result<(), TransferError> {
 
 /// Sends the rest: after this the guest may run at the target.
 ///
+/// A source whose stream is broken already is not told to go on, because with post-copy it would never come
+/// back ([`rescue_guest`](super::rescue_guest)). From here until the state is completed or
+/// `postcopy-active`, the caller must keep the stream's socket open, whatever becomes of the target.
+///
 /// # Errors
-/// [`TransferError::State`] when the migration does not wait in [`TransferState::PreSwitchover`].
+/// [`TransferError::State`] when the migration does not wait in [`TransferState::PreSwitchover`], or its
+/// stream is broken: then [`cancel`] brings the guest back.
 pub async fn continue_switchover(qmp: &Qmp) -> Result<(), TransferError> {
     let state = TransferState::PreSwitchover;
+    let refused = |now: TransferStatus, error: Option<String>| TransferError::State {
+        what: "end the switchover",
+        status: now.status,
+        error: now.error.or(error),
+    };
+    let now = status(qmp).await?;
+    if now.status != state || now.error.is_some() {
+        return Err(refused(now, None));
+    }
     match qmp.execute(MigrateContinue { state }).await {
         Ok(_) => Ok(()),
         Err(error) if error.is_fatal() => Err(doing("ending the switchover")(error)),
-        Err(error) => {
-            let now = status(qmp).await?;
-            Err(TransferError::State {
-                what: "end the switchover",
-                status: now.status,
-                error: Some(error.to_string()),
-            })
-        }
+        Err(error) => Err(refused(status(qmp).await?, Some(error.to_string()))),
     }
 }
 
