@@ -63,6 +63,7 @@ impl World {
                 self.host(site).parked.insert(ticket, request);
             }
             Admission::Refused(_) => self.answer(request, Answer::Moved),
+            Admission::Answered => unreachable!("only a parked read is answered"),
         }
         self.pump(site);
     }
@@ -158,7 +159,7 @@ impl World {
         match admission {
             Admission::Go { newly_dirty, .. } => self.admitted(site, request, ticket, newly_dirty),
             Admission::Refused(_) => self.answer(request, Answer::Moved),
-            Admission::Parked { .. } => unreachable!("a decision"),
+            Admission::Parked { .. } | Admission::Answered => unreachable!("a decision"),
         }
     }
 

@@ -481,6 +481,7 @@ fn is_structured_only(number: u16) -> bool {
 fn guest_errno(error: &GuestError) -> Errno {
     match error {
         GuestError::Moved => Errno::Shutdown,
+        GuestError::NotHere => Errno::Perm,
         GuestError::OutOfRange => Errno::Inval,
         GuestError::Io(error) => io_errno(error),
     }

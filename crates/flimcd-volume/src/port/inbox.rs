@@ -13,6 +13,14 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use crate::rules::{Admission, Ticket};
 
+/// What the source has at some place of the volume.
+#[derive(Debug)]
+pub(crate) struct PeekedPart {
+    /// First byte in the volume.
+    pub(crate) start: u64,
+    pub(crate) bytes: Vec<u8>,
+}
+
 /// A message to a port.
 #[derive(Debug)]
 pub(crate) enum InboxItem {
@@ -22,6 +30,11 @@ pub(crate) enum InboxItem {
         admission: Admission,
         /// Whether a trim has to be run as zeroing.
         in_postcopy: bool,
+    },
+    /// A read before the switch has its answers.
+    Peeked {
+        ticket: Ticket,
+        parts: Vec<PeekedPart>,
     },
     /// The flush in a slot ended elsewhere.
     Flushed { slot: usize, result: io::Result<()> },

@@ -22,12 +22,12 @@ mod tests;
 
 use std::{io, os::fd::BorrowedFd, sync::Arc};
 
-pub(crate) use inbox::{Inbox, InboxItem};
+pub(crate) use inbox::{Inbox, InboxItem, PeekedPart};
 pub use request::{GuestError, GuestReply, GuestRequest, RequestKind};
 
 use crate::{
     device::{IoBuf, IoDone, IoKind, IoOp, IoQueue},
-    rules::{Admission, FlushPlan, FlushStep, Outcome, Refusal},
+    rules::{Admission, FlushPlan, FlushStep, Outcome, Refusal, Ticket},
     volume::{FlushJob, Volume},
 };
 use slots::{InFlight, Slots, Stage};
@@ -180,7 +180,9 @@ impl GuestPort {
                     });
                     continue;
                 }
-                let Some((op, range)) = request.guest_op(size) else {
+                let is_hint = request.kind == RequestKind::Cache && core.rules.is_peeking();
+                let asked = request.guest_op(size).filter(|_| !is_hint);
+                let Some((op, range)) = asked else {
                     replies.push(request.reply(Ok(())));
                     continue;
                 };
@@ -196,9 +198,10 @@ impl GuestPort {
                     Admission::Parked { ticket } => {
                         slots.park(InFlight::data(request, range, Stage::Parked(ticket), false));
                     }
-                    Admission::Refused(Refusal::Moved) => {
-                        replies.push(request.reply(Err(GuestError::Moved)));
+                    Admission::Refused(refusal) => {
+                        replies.push(request.reply(Err(refused(refusal))));
                     }
+                    Admission::Answered => unreachable!("only a parked request is answered"),
                 }
             }
         });
@@ -216,6 +219,10 @@ impl GuestPort {
                     admission,
                     in_postcopy,
                 } => (ticket, admission, in_postcopy),
+                InboxItem::Peeked { ticket, parts } => {
+                    self.end_peek(ticket, &parts);
+                    continue;
+                }
                 InboxItem::Flushed { slot, result } => {
                     self.end_flush(slot, result);
                     continue;
@@ -229,15 +236,27 @@ impl GuestPort {
                     request.in_postcopy = in_postcopy;
                     self.admitted.push(Admitted { slot, newly_dirty });
                 }
-                Admission::Parked { .. } => unreachable!("a decision is not to park again"),
-                Admission::Refused(Refusal::Moved) => {
+                Admission::Parked { .. } | Admission::Answered => {
+                    unreachable!("a decision is not to park again, and answers come by themselves")
+                }
+                Admission::Refused(refusal) => {
                     let request = self.slots.remove(slot);
-                    self.replies.push(request.reply(Err(GuestError::Moved)));
+                    self.replies.push(request.reply(Err(refused(refusal))));
                 }
             }
         }
         self.messages = messages;
         self.push_admitted();
+    }
+
+    /// A read before the switch has what stood at the source.
+    fn end_peek(&mut self, ticket: Ticket, parts: &[PeekedPart]) {
+        let slot = self.slots.unpark(ticket);
+        let mut request = self.slots.remove(slot);
+        for part in parts {
+            request.fill(part.start, &part.bytes);
+        }
+        self.replies.push(request.reply(Ok(())));
     }
 
     /// Hands admitted requests to the queue. Blocks that became dirty are recorded durably before.
@@ -390,14 +409,17 @@ impl Drop for GuestPort {
             self.inbox.take_last(&mut messages);
             let mut decided = Vec::new();
             for message in messages {
-                if let InboxItem::Decided {
-                    ticket, admission, ..
-                } = message
-                {
-                    decided.push(ticket);
-                    if matches!(admission, Admission::Go { .. }) {
-                        core.rules.finish(ticket, Outcome::Failed);
+                match message {
+                    InboxItem::Decided {
+                        ticket, admission, ..
+                    } => {
+                        decided.push(ticket);
+                        if matches!(admission, Admission::Go { .. }) {
+                            core.rules.finish(ticket, Outcome::Failed);
+                        }
                     }
+                    InboxItem::Peeked { ticket, .. } => decided.push(ticket),
+                    InboxItem::Flushed { .. } => {}
                 }
             }
             for request in slots.into_all() {
@@ -419,4 +441,12 @@ impl Drop for GuestPort {
 fn start(plan: &mut FlushPlan) {
     let step = plan.next();
     assert_eq!(step, FlushStep::SyncData, "a flush begins with the data");
+}
+
+fn refused(refusal: Refusal) -> GuestError {
+    match refusal {
+        Refusal::Moved => GuestError::Moved,
+        Refusal::NotHere => GuestError::NotHere,
+        Refusal::Unreadable => GuestError::Io(io::Error::other(refusal)),
+    }
 }

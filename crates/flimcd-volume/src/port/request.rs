@@ -63,6 +63,9 @@ pub enum GuestError {
     /// The volume has another owner.
     #[error("the volume has moved to another site: connect to its socket there")]
     Moved,
+    /// The volume has not arrived.
+    #[error("the volume has not arrived: it can only be read before the switch")]
+    NotHere,
     /// The device failed.
     #[error(transparent)]
     Io(io::Error),

@@ -104,6 +104,23 @@ impl InFlight {
         is_candidate.then(|| self.range.blocks_covered(size))
     }
 
+    /// Copies into a read's buffer what `bytes`, which stand at `start` in the volume, have of its range.
+    pub(super) fn fill(&mut self, start: u64, bytes: &[u8]) {
+        let end = start + bytes.len() as u64;
+        let part = ByteRange::new(start.max(self.range.start), end.min(self.range.end));
+        if part.start >= part.end || self.kind != RequestKind::Read {
+            return;
+        }
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "less than the length of a slice"
+        )]
+        let at = |byte: u64, base: u64| (byte - base) as usize;
+        let from = &bytes[at(part.start, start)..at(part.end, start)];
+        let first = at(part.start, self.range.start);
+        self.buf[first..first + from.len()].copy_from_slice(from);
+    }
+
     pub(super) fn reply(self, result: Result<(), GuestError>) -> GuestReply {
         GuestReply {
             id: self.id,

@@ -142,11 +142,15 @@ struct Counts {
     fault: AtomicUsize,
     drained: AtomicUsize,
     gone: AtomicUsize,
+    peek: AtomicUsize,
 }
 
 impl VolumeObserver for Counts {
     fn on_fault(&self) {
         self.fault.fetch_add(1, Ordering::SeqCst);
+    }
+    fn on_peek(&self) {
+        self.peek.fetch_add(1, Ordering::SeqCst);
     }
     fn on_drained(&self) {
         self.drained.fetch_add(1, Ordering::SeqCst);
@@ -275,6 +279,109 @@ fn freeze_parks_and_release_refuses() {
     ));
     let late = ask(&mut port, request(3, RequestKind::Read, 0, 4096));
     assert!(matches!(late.result, Err(GuestError::Moved)));
+}
+
+#[test]
+fn a_read_before_the_switch_gets_what_the_source_has() {
+    let lab = lab(Mode::Incoming);
+    let counts = Arc::new(Counts::default());
+    lab.volume.set_observer(counts.clone());
+    lab.volume.set_peeking(true);
+    let mut port = lab.volume.guest_port().unwrap();
+    port.submit(request(1, RequestKind::Read, 4000, 5000));
+    port.submit(request(2, RequestKind::Write, 0, 512));
+    port.submit(request(3, RequestKind::Flush, 0, 0));
+    port.submit(request(4, RequestKind::Cache, 0, 4096));
+    port.submit(request(5, RequestKind::Read, 4096, 512));
+    port.kick().unwrap();
+    let others = replies(&mut port, 3);
+    assert!(matches!(others[0].result, Err(GuestError::NotHere)));
+    assert!(others[1].result.is_ok() && others[2].result.is_ok());
+    assert!(counts.peek.load(Ordering::SeqCst) >= 1);
+    let peek = lab.volume.poll_peek().unwrap();
+    assert_eq!(peek.range, BlockRange::new(0, 3));
+    let bad = lab.volume.poll_peek().unwrap();
+    assert_eq!(lab.volume.poll_peek(), None);
+    lab.volume.answer_peek(bad.number, Some(&[0; 4095]));
+    let reply = replies(&mut port, 1).pop().unwrap();
+    assert!(reply.id == 5 && matches!(reply.result, Err(GuestError::Io(_))));
+
+    lab.volume.requeue_peeks();
+    assert_eq!(lab.volume.poll_peek(), Some(peek));
+    let content: Vec<u8> = (0..3 * 4096u32)
+        .map(|at| (at / 100).to_le_bytes()[0])
+        .collect();
+    lab.volume.answer_peek(peek.number, Some(&content));
+    let reply = replies(&mut port, 1).pop().unwrap();
+    assert!(reply.id == 1 && reply.result.is_ok());
+    assert_eq!(&reply.buf[..], &content[4000..9000]);
+    let stats = lab.volume.stats();
+    assert_eq!((stats.peeks, stats.guest_reads), (2, 0));
+
+    // One that is open at the switch reads what is here then; one whose port goes away is forgotten.
+    port.submit(request(6, RequestKind::Read, 0, 512));
+    port.submit(request(7, RequestKind::Read, 8192, 512));
+    port.kick().unwrap();
+    let mut other = lab.volume.guest_port().unwrap();
+    other.submit(request(8, RequestKind::Read, 4096, 8192));
+    other.kick().unwrap();
+    let open: Vec<_> = std::iter::from_fn(|| lab.volume.poll_peek()).collect();
+    assert_eq!(open.len(), 3);
+    drop(other);
+    lab.volume.start_postcopy(missing(&[(2, 3)]));
+    for peek in open {
+        lab.volume.answer_peek(peek.number, Some(&[9; 4096]));
+    }
+    let reply = replies(&mut port, 1).pop().unwrap();
+    assert!(reply.id == 6 && reply.buf[..].iter().all(|&byte| byte == 0));
+    assert_eq!(lab.volume.poll_fault(), Some(BlockRange::new(2, 3)));
+    let fetched = ApplyData::Bytes(&[7; 4096]);
+    lab.volume.apply(BlockRange::new(2, 3), fetched).unwrap();
+    let reply = replies(&mut port, 1).pop().unwrap();
+    assert!(reply.id == 7 && reply.buf[..].iter().all(|&byte| byte == 7));
+    assert_eq!(lab.volume.stats().guest_reads_missed, 0);
+    lab.volume.finish_postcopy().unwrap();
+}
+
+#[test]
+fn an_answered_read_whose_port_is_gone_harms_nobody() {
+    let lab = lab(Mode::Incoming);
+    lab.volume.set_peeking(true);
+    let mut port = lab.volume.guest_port().unwrap();
+    port.submit(request(1, RequestKind::Read, 0, 8192));
+    port.kick().unwrap();
+    let peek = lab.volume.poll_peek().unwrap();
+    lab.volume.answer_peek(peek.number, Some(&[1; 8192]));
+    drop(port);
+    lab.volume.answer_peek(peek.number, Some(&[1; 8192]));
+    assert!(lab.volume.is_drained());
+}
+
+#[test]
+fn a_flush_succeeds_on_a_frozen_and_on_a_released_volume() {
+    let lab = lab(Mode::Owner);
+    let mut port = lab.volume.guest_port().unwrap();
+    assert!(
+        ask(&mut port, request(1, RequestKind::Write, 0, 4096))
+            .result
+            .is_ok()
+    );
+    assert!(lab.volume.freeze());
+    port.submit(request(2, RequestKind::Write, 0, 4096));
+    let flush = ask(&mut port, request(3, RequestKind::Flush, 0, 0));
+    assert!(flush.id == 3 && flush.result.is_ok());
+    lab.faults.fail_sync(true);
+    let flush = ask(&mut port, request(4, RequestKind::Flush, 0, 0));
+    assert!(flush.result.is_err(), "it really syncs");
+
+    let lab = self::lab(Mode::Owner);
+    let mut port = lab.volume.guest_port().unwrap();
+    assert!(lab.volume.freeze());
+    lab.volume.release();
+    let flush = ask(&mut port, request(5, RequestKind::Flush, 0, 0));
+    assert!(flush.result.is_ok());
+    let read = ask(&mut port, request(6, RequestKind::Read, 0, 512));
+    assert!(matches!(read.result, Err(GuestError::Moved)));
 }
 
 #[test]

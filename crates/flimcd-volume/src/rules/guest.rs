@@ -19,6 +19,9 @@ impl Rules {
             range.end <= self.size.bytes() && range.start <= range.end,
             "{range:?} is not in the volume"
         );
+        if self.is_peeking() {
+            return self.begin_peek(op, range);
+        }
         self.count(op, range);
         let op = Op::new(op, range, self.size);
         match self.mode {
@@ -34,6 +37,17 @@ impl Rules {
             Mode::Frozen | Mode::Incoming => self.park(op),
             Mode::PostCopy => self.begin_postcopy(op),
         }
+    }
+
+    fn begin_peek(&mut self, op: GuestOp, range: ByteRange) -> Admission {
+        if op != GuestOp::Read {
+            return Admission::Refused(Refusal::NotHere);
+        }
+        let admission = self.park(Op::new(op, range, self.size));
+        if let Admission::Parked { ticket } = admission {
+            self.peek(ticket);
+        }
+        admission
     }
 
     fn begin_postcopy(&mut self, mut op: Op) -> Admission {
@@ -124,6 +138,7 @@ impl Rules {
         match self.ops.state(ticket) {
             Some(State::Parked) => {
                 self.ops.remove(ticket, State::Parked);
+                self.peeks.forget(ticket);
                 self.parked.retain(|parked| *parked != ticket);
             }
             Some(State::Woken) => {
@@ -150,7 +165,7 @@ impl Rules {
     #[inline]
     #[must_use]
     pub fn has_output(&self) -> bool {
-        !self.woken.is_empty() || self.presence.has_output()
+        !self.woken.is_empty() || self.presence.has_output() || self.peeks.has_output()
     }
 
     /// Whether [`poll_fault`](Self::poll_fault) may have something.

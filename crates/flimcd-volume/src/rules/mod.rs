@@ -13,10 +13,20 @@
 //! | `Owner` | run | dropped |
 //! | `Frozen` | what was admitted drains, the rest is parked | dropped |
 //! | `Released` | refused: the volume has moved | dropped |
-//! | `Incoming` | parked until the switch | written, in order of arrival per block |
+//! | `Incoming` | parked until the switch, or *peeking* | written, in order of arrival per block |
 //! | `PostCopy` | run where the blocks are present, else wait for them | written where missing, else dropped |
 //!
 //! A parked request was never acknowledged, so it may run later, be refused, or be forgotten with its connection.
+//!
+//! # Reads before the switch
+//! A hypervisor that waits for a machine's running state opens its disks, and reads from them before they are its own:
+//! where a partition table or a header of an image format stands. Parked until the switch such a read would hold up what the switch
+//! waits for. So with [`Rules::set_peeking`] a read in `Incoming` becomes *questions* to the source, in pieces, and ends as
+//! [`Admission::Answered`] with what stood there at some moment between question and answer; each piece for itself, since nobody
+//! may run on what he read there. That is why it is off by default: a guest that is started early and means to
+//! *use* what it reads has to wait for the switch. Writes, zeroing and trims are refused, as on a disk that is not ours yet. A flush
+//! has nothing to do and succeeds. Peeks are counted for themselves and never as reads or misses, and what they bring is not written anywhere.
+//! At the switch open questions are forgotten, and their reads are decided like any other.
 //!
 //! # A block in post-copy
 //! ```text
@@ -55,10 +65,16 @@
 //! are left to the next flush. A flush that begins while another one runs also writes what that one took, since its guest may
 //! have seen those blocks written. On failure the taken presence is put back.
 //!
+//! A flush is never parked, in no mode. On a frozen volume it makes durable what was acknowledged, while reads and writes stay parked:
+//! a hypervisor flushes when it hands its disks over, and the switch waits for that. On a released volume it does the same
+//! and succeeds. That is right: everything that this guest's acknowledged writes left here is in the image and is synced by this very
+//! flush, so that what the new owner still fetches cannot be lost with the power, and what was changed since belongs to another
+//! guest, which flushes there.
+//!
 //! # Who owns what, and how it fails
 //! The caller owns the I/O and its order: admitted (`Go`) → submitted → finished, each ticket finished exactly
-//! once. After every call it polls [`Rules::poll_woken`], [`Rules::poll_fault`] and [`Rules::poll_apply_ready`] until they
-//! are empty. Calls out of order (a ticket finished twice, a switch from the wrong mode) are bugs and panic: going on
+//! once. After every call it polls [`Rules::poll_woken`], [`Rules::poll_fault`], [`Rules::poll_peek`] and
+//! [`Rules::poll_apply_ready`] until they are empty. Calls out of order (a ticket finished twice, a switch from the wrong mode) are bugs and panic: going on
 //! would risk the guest's data. Nothing that a peer or a guest sends can cause a panic, provided that ranges are inside the volume.
 //!
 //! # Cost
@@ -69,6 +85,7 @@ mod flush;
 mod guest;
 mod mutation;
 mod ops;
+mod peek;
 mod presence;
 mod source;
 mod target;
@@ -87,12 +104,14 @@ pub use mutation::Mutation;
 #[cfg(not(any(test, feature = "mutations")))]
 use mutation::Mutation;
 pub use ops::Ticket;
+pub use peek::{Answered, Peek};
 pub use presence::{ApplyPlan, ApplyToken};
 pub use types::{Admission, GuestOp, GuestStats, Mode, Outcome, Refusal};
 
 use flush::Flushes;
 use mutation::Broken;
 use ops::OpTable;
+use peek::Peeks;
 use presence::Presence;
 use tracking::Tracking;
 
@@ -107,6 +126,7 @@ pub struct Rules {
     woken: VecDeque<(Ticket, Admission)>,
     tracking: Option<Tracking>,
     presence: Presence,
+    peeks: Peeks,
     flushes: Flushes,
     stats: GuestStats,
     broken: Broken,
@@ -131,6 +151,7 @@ impl Rules {
             woken: VecDeque::new(),
             tracking: None,
             presence: Presence::new(size),
+            peeks: Peeks::default(),
             flushes: Flushes::default(),
             stats: GuestStats::default(),
             broken: Broken::default(),
@@ -162,6 +183,7 @@ impl Rules {
             + self.parked.capacity() * size_of::<Ticket>()
             + self.tracking.as_ref().map_or(0, Tracking::memory_bytes)
             + self.presence.memory_bytes()
+            + self.peeks.memory_bytes()
             + self.flushes.memory_bytes()
     }
 

@@ -13,6 +13,7 @@ impl Rules {
     pub fn start_postcopy(&mut self, missing: BlockSet) {
         self.expect_mode(&[Mode::Incoming], "start_postcopy");
         self.presence.start(missing);
+        self.peeks.clear();
         self.mode = Mode::PostCopy;
         self.wake(self.size.all_blocks());
     }

@@ -48,6 +48,8 @@ pub enum Admission {
     },
     /// The request fails, and there is no ticket to finish.
     Refused(Refusal),
+    /// The source has answered a read before the switch: there is no I/O, and no ticket to finish.
+    Answered,
 }
 
 /// Why a guest request is refused.
@@ -56,6 +58,12 @@ pub enum Refusal {
     /// The volume has another owner now.
     #[error("the volume has moved to another site")]
     Moved,
+    /// The volume is still the source's, and nothing may change it here.
+    #[error("the volume has not arrived: it can only be read before the switch")]
+    NotHere,
+    /// The source could not answer a read before the switch.
+    #[error("the source could not read the blocks")]
+    Unreadable,
 }
 
 /// How I/O ended.
@@ -74,6 +82,8 @@ pub struct GuestStats {
     pub guest_reads: u64,
     /// Of those, the ones that touched a block that was not there yet.
     pub guest_reads_missed: u64,
+    /// Reads before the switch that were put to the source; not among the guest reads.
+    pub peeks: u64,
     /// Blocks that missed reads waited for.
     pub blocks_missed: u64,
     /// Guest writes begun.

@@ -10,7 +10,7 @@ use std::{
 };
 
 use crate::{
-    port::{Inbox, InboxItem},
+    port::{Inbox, InboxItem, PeekedPart},
     rules::{Admission, ApplyPlan, ApplyToken, GuestOp, Mode, Rules, Ticket},
 };
 
@@ -18,6 +18,8 @@ use crate::{
 pub trait VolumeObserver: Send + Sync {
     /// Blocks are needed, and perhaps were said to be needed before: call [`Volume::poll_fault`](super::Volume::poll_fault) until it is empty.
     fn on_fault(&self) {}
+    /// The source is to be asked for blocks: call [`Volume::poll_peek`](super::Volume::poll_peek) until it is empty.
+    fn on_peek(&self) {}
     /// The last request in flight of a frozen volume ended after [`freeze`](super::Volume::freeze) had returned.
     fn on_drained(&self) {}
     /// The last guest connection was closed.
@@ -29,6 +31,8 @@ pub(crate) struct Core {
     pub(crate) rules: Rules,
     /// The port that waits for each parked request.
     parked_at: HashMap<Ticket, Arc<Inbox>>,
+    /// What came for reads before the switch that are not complete.
+    peeked: HashMap<Ticket, Vec<PeekedPart>>,
     /// Applies that waited and may run now.
     ready: HashMap<ApplyToken, ApplyPlan>,
     /// Whether somebody waits to hear of the drain's end.
@@ -40,6 +44,7 @@ impl Core {
         Self {
             rules,
             parked_at: HashMap::new(),
+            peeked: HashMap::new(),
             ready: HashMap::new(),
             draining: false,
         }
@@ -63,7 +68,26 @@ impl Core {
     /// Forgets a parked request.
     pub(crate) fn cancel_parked(&mut self, ticket: Ticket) {
         self.parked_at.remove(&ticket);
+        self.peeked.remove(&ticket);
         self.rules.cancel_parked(ticket);
+    }
+
+    /// The source's answer to a question; `None` when it could not read the blocks. As many bytes as they have.
+    pub(crate) fn answer_peek(&mut self, number: u64, bytes: Option<&[u8]>) {
+        let Some(question) = self.rules.peeked(number) else {
+            return;
+        };
+        let expected = question.range.bytes(self.rules.size()).len();
+        let bytes = bytes.filter(|bytes| bytes.len() as u64 == expected);
+        if let Some(bytes) = bytes {
+            let start = question.range.start * flimcd_core::BLOCK_SIZE;
+            let part = PeekedPart {
+                start,
+                bytes: bytes.to_vec(),
+            };
+            self.peeked.entry(question.ticket).or_default().push(part);
+        }
+        self.rules.end_peek(number, bytes.is_some());
     }
 
     /// Whether blocks may be missing: trims have to be run as zeroing then.
@@ -82,10 +106,14 @@ impl Core {
             let Some(inbox) = self.parked_at.remove(&ticket) else {
                 unreachable!("a parked request belongs to a port until it is cancelled");
             };
-            inbox.put(InboxItem::Decided {
-                ticket,
-                admission,
-                in_postcopy,
+            let parts = self.peeked.remove(&ticket).unwrap_or_default();
+            inbox.put(match admission {
+                Admission::Answered => InboxItem::Peeked { ticket, parts },
+                _ => InboxItem::Decided {
+                    ticket,
+                    admission,
+                    in_postcopy,
+                },
             });
             notices.inboxes.push(inbox);
         }
@@ -94,6 +122,7 @@ impl Core {
             notices.ready = true;
         }
         notices.fault = self.rules.has_faults();
+        notices.peek = self.rules.has_peeks();
         notices.drained = self.draining && self.rules.is_drained();
         if notices.drained {
             self.draining = false;
@@ -107,6 +136,7 @@ struct Notices {
     inboxes: Vec<Arc<Inbox>>,
     ready: bool,
     fault: bool,
+    peek: bool,
     drained: bool,
 }
 
@@ -155,10 +185,13 @@ impl SharedCore {
         if notices.ready {
             self.apply_ready.notify_all();
         }
-        if notices.fault || notices.drained {
+        if notices.fault || notices.peek || notices.drained {
             self.observe(|observer| {
                 if notices.fault {
                     observer.on_fault();
+                }
+                if notices.peek {
+                    observer.on_peek();
                 }
                 if notices.drained {
                     observer.on_drained();

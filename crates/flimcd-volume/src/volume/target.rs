@@ -9,7 +9,7 @@ use flimcd_core::{BlockRange, BlockSet, Epoch};
 
 use super::{Volume, VolumeError};
 use crate::{
-    rules::{ApplyPlan, FlushPlan, FlushStep, Mode, Outcome},
+    rules::{ApplyPlan, FlushPlan, FlushStep, Mode, Outcome, Peek},
     state::{BitmapFile, Ownership, StateDir, StateError},
 };
 
@@ -144,6 +144,30 @@ impl Volume {
             }
         }
         Ok(())
+    }
+
+    /// Whether a guest read before the switch becomes questions to the source, as
+    /// [`Rules::set_peeking`](crate::rules::Rules::set_peeking) has it.
+    pub fn set_peeking(&self, is_on: bool) {
+        self.core.change(|core| core.rules.set_peeking(is_on));
+    }
+
+    /// The next question for the source. Each is given once, until [`requeue_peeks`](Self::requeue_peeks), and some are only
+    /// given when others have been answered: [`on_peek`](super::VolumeObserver::on_peek) tells.
+    #[must_use]
+    pub fn poll_peek(&self) -> Option<Peek> {
+        self.core.lock().rules.poll_peek()
+    }
+
+    /// The source's answer to a question: the bytes of its blocks, clipped at the end of the volume, or `None` when it could not read
+    /// them. Bytes of another length count as that. An answer that is not wanted any more changes nothing.
+    pub fn answer_peek(&self, number: u64, bytes: Option<&[u8]>) {
+        self.core.change(|core| core.answer_peek(number, bytes));
+    }
+
+    /// Asks every open question again, because it or its answer may be lost with a link.
+    pub fn requeue_peeks(&self) {
+        self.core.change(|core| core.rules.requeue_peeks());
     }
 
     /// Makes durable what was written before the call: data, then, in post-copy, presence.

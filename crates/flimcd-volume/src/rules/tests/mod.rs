@@ -2,6 +2,7 @@
 //! what was not synced, and threads under every schedule that shuttle tries.
 
 mod cases;
+mod peeks;
 mod random;
 mod schedules;
 mod source_world;

@@ -114,7 +114,7 @@ impl Lab {
                 self.wait(|inner| inner.woken.remove(&ticket).then_some(()));
                 ticket
             }
-            Admission::Refused(_) => panic!("refused"),
+            Admission::Refused(_) | Admission::Answered => panic!("refused"),
         };
         let blocks = range.blocks_touched();
         for block in blocks.iter() {

@@ -128,7 +128,7 @@ impl World {
                 newly_dirty,
             } => (ticket, newly_dirty, false),
             Admission::Parked { ticket } => (ticket, false, true),
-            Admission::Refused(_) => unreachable!("not released"),
+            Admission::Refused(_) | Admission::Answered => unreachable!("not released"),
         };
         self.writes.push(Write {
             ticket,

@@ -262,7 +262,7 @@ impl World {
         let (ticket, state) = match self.rules.begin(op, range) {
             Admission::Go { ticket, .. } => (ticket, OpState::Admitted),
             Admission::Parked { ticket } => (ticket, OpState::Parked),
-            Admission::Refused(_) => unreachable!("not released"),
+            Admission::Refused(_) | Admission::Answered => unreachable!("not released"),
         };
         if op != GuestOp::Read {
             for seen in &mut self.seen[sectors.clone()] {
