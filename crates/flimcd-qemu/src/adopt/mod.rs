@@ -38,7 +38,7 @@ mod release;
 mod state;
 mod swap;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -121,7 +121,7 @@ pub async fn adopt(qmp: &Qmp, disk: &Disk, export: &Export) -> Result<Adopted, A
             problem,
         });
     }
-    write_out(&disk).await;
+    write_out(&disk.id, &disk.file).await;
     let node = swap::export_node_name(&disk.id);
     swap::add_export(qmp, &disk, export, &node).await?;
     let method = match disk.nodes.format {
@@ -154,11 +154,11 @@ pub async fn adopt(qmp: &Qmp, disk: &Disk, export: &Export) -> Result<Adopted, A
 
 /// Lets the host write the file's dirty pages while the guest runs: the swap flushes, and would make the
 /// guest wait for all of them.
-async fn write_out(disk: &Disk) {
-    let file = disk.file.clone();
+async fn write_out(id: &str, file: &Path) {
+    let file = file.to_owned();
     let synced = tokio::task::spawn_blocking(move || std::fs::File::open(file)?.sync_data()).await;
     if let Ok(Err(error)) = synced {
-        tracing::warn!(disk = disk.id, %error, "cannot write the image out before adopting it");
+        tracing::warn!(disk = id, %error, "cannot write the image out ahead");
     }
 }
 

@@ -6,7 +6,7 @@ use super::{
     AdoptError, Adopted, DiskState,
     error::during,
     state::{locate, state_of},
-    swap, tidy,
+    swap, tidy, write_out,
 };
 use crate::{
     inspect::{Disk, Graph},
@@ -49,6 +49,7 @@ pub async fn release(qmp: &Qmp, adopted: &Adopted, image: &Path) -> Result<(), A
         },
         ..recorded.clone()
     };
+    write_out(&id, image).await;
     let node = file_node(&graph, &recorded);
     swap::add_file(qmp, &id, &recorded.options.protocol, image, &node).await?;
     if let Err(error) = swap::swap(qmp, &disk, current.method, &current.node, &node).await {

@@ -120,6 +120,7 @@ pub(super) async fn swap(
         to: to.to_owned(),
         reason,
     };
+    let begin = Instant::now();
     let parent = match (method, &disk.nodes.format) {
         (Method::Child, Some(format)) => {
             let options = disk.options.format.as_ref();
@@ -134,6 +135,9 @@ pub(super) async fn swap(
             None
         }
     };
+    // The guest's requests to this disk waited at most so long.
+    let elapsed_us = begin.elapsed().as_micros();
+    tracing::debug!(disk = disk.id, ?method, elapsed_us, to, "nodes swapped");
     let graph = Graph::query(qmp).await;
     let graph = graph.map_err(during(&disk.id, "seeing whether it was moved"))?;
     let there = match parent {

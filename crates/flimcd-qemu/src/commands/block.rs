@@ -152,26 +152,8 @@ pub struct CacheInfo {
 pub struct ImageInfo {
     /// Size the guest sees, in bytes.
     pub virtual_size: u64,
-    /// Bytes that the file takes on the disk.
-    #[serde(default)]
-    pub actual_size: Option<u64>,
     /// Format or protocol.
     pub format: String,
-    /// Whether it was not closed properly.
-    #[serde(default)]
-    pub dirty_flag: bool,
-    /// The backing file, made absolute.
-    #[serde(default)]
-    pub full_backing_filename: Option<String>,
-    /// The same as it is written in the image.
-    #[serde(default)]
-    pub backing_filename: Option<String>,
-    /// The backing image.
-    #[serde(default)]
-    pub backing_image: Option<Box<Self>>,
-    /// Its file name.
-    #[serde(default)]
-    pub filename: String,
     /// Bytes per cluster.
     #[serde(default)]
     pub cluster_size: Option<u64>,

@@ -16,7 +16,7 @@ use std::{
 
 use crate::{
     commands::{
-        BlockInfo, ImageInfo, JobInfo, NodeInfo, QueryBlock, QueryBlockstats, QueryJobs,
+        BlockInfo, ImageInfo, JobInfo, NodeInfo, NodeStats, QueryBlock, QueryBlockstats, QueryJobs,
         QueryMemory, QueryName, QueryNamedBlockNodes, QueryStatus,
     },
     qmp::{Qmp, QmpError},
@@ -61,6 +61,8 @@ pub(crate) struct Graph {
     nodes: BTreeMap<String, NodeInfo>,
     /// A node's `file` child.
     file_child: BTreeMap<String, String>,
+    /// A node's `backing` child.
+    backing_child: BTreeMap<String, String>,
     jobs: Vec<JobInfo>,
     process: Process,
 }
@@ -72,14 +74,21 @@ impl Graph {
         let stats = qmp.execute(QueryBlockstats { query_nodes: true }).await?;
         let jobs = qmp.execute(QueryJobs {}).await?;
         let named = |n: NodeInfo| Some((n.node_name.clone()?, n));
+        // Only the devices' statistics have backing files, only the nodes' have every node.
+        let tops = qmp.execute(QueryBlockstats { query_nodes: false }).await?;
         let children = stats.into_iter().filter_map(|s| {
             let child = s.parent?.node_name?;
             Some((s.node_name?, child))
         });
+        let mut backing_child = BTreeMap::new();
+        for top in tops {
+            collect_backing(top, &mut backing_child);
+        }
         Ok(Self {
             devices,
             nodes: nodes.into_iter().filter_map(named).collect(),
             file_child: children.collect(),
+            backing_child,
             jobs,
             process: Process::look(qmp.pid()),
         })
@@ -164,7 +173,7 @@ impl Graph {
             drive,
             format: kind,
             file: file.clone().filter(|_| on_file).unwrap_or_default(),
-            backing: self.backing(image),
+            backing: self.backing(format.as_deref()),
             size_bytes: root.image.virtual_size,
             file_bytes,
             export_bytes,
@@ -221,20 +230,15 @@ impl Graph {
         &info.image
     }
 
-    fn backing(&self, image: &ImageInfo) -> Vec<PathBuf> {
+    fn backing(&self, format: Option<&str>) -> Vec<PathBuf> {
         let mut files = Vec::new();
-        let mut image = image;
-        loop {
-            let named = image.full_backing_filename.as_ref();
-            let Some(file) = named.or(image.backing_filename.as_ref()) else {
-                return files;
-            };
+        let mut name = format.unwrap_or_default();
+        while let Some(child) = self.backing_child.get(name) {
+            let file = self.nodes.get(child).map_or("", |n| n.file.as_str());
             files.push(self.process.absolute(file).unwrap_or_else(|| file.into()));
-            let Some(next) = image.backing_image.as_deref() else {
-                return files;
-            };
-            image = next;
+            name = child;
         }
+        files
     }
 
     fn options(
@@ -357,6 +361,18 @@ impl Graph {
         });
         jobs.next()
             .map(|j| Problem::Job(format!("{} ({})", j.id, j.kind)))
+    }
+}
+
+fn collect_backing(node: NodeStats, found: &mut BTreeMap<String, String>) {
+    if let Some(backing) = node.backing {
+        if let (Some(name), Some(child)) = (node.node_name, backing.node_name.clone()) {
+            found.insert(name, child);
+        }
+        collect_backing(*backing, found);
+    }
+    if let Some(child) = node.parent {
+        collect_backing(*child, found);
     }
 }
 

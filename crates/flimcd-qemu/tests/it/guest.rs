@@ -87,6 +87,9 @@ async fn seconds(qemu: &Qemu, count: usize) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_at_work_does_not_notice() {
     let Some(tools) = tools() else { return };
+    // RUST_LOG=flimcd_qemu=debug says how long each swap took.
+    let filter = tracing_subscriber::EnvFilter::from_default_env();
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).try_init();
     let dir = TempDir::new().unwrap();
     let extra = ExtraDisk {
         disk_bytes: 64 << 20,
