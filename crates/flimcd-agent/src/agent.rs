@@ -262,6 +262,12 @@ impl RunningAgent {
         &self.api_path
     }
 
+    /// What runs.
+    #[cfg(test)]
+    pub(crate) fn agent(&self) -> &Arc<Agent> {
+        &self.agent
+    }
+
     /// Stops it: migrations pause and go on after a restart, guests are disconnected, sockets are removed.
     pub async fn stop(self) {
         tracing::info!("the agent stops");

@@ -31,6 +31,14 @@ mod resume;
 mod tasks;
 mod vm;
 
+#[cfg(test)]
+extern crate self as flimcd_agent;
+/// Whole agents for tests that need what the API does not show.
+#[cfg(test)]
+#[path = "../tests/it/site.rs"]
+#[allow(dead_code, reason = "other tests use the rest")]
+mod site;
+
 pub use agent::{RunningAgent, run, start};
 pub use config::Config;
 pub use error::StartError;

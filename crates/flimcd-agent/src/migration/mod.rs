@@ -20,6 +20,8 @@ pub(crate) mod hooks;
 mod policies;
 pub(crate) mod port;
 pub(crate) mod progress;
+#[cfg(test)]
+mod session_tests;
 pub(crate) mod settle;
 mod source;
 pub(crate) mod store;

@@ -224,3 +224,129 @@ pub(crate) fn is_complete(role: Role, id: MigrationId, ownerships: &[Ownership])
         Role::Target => found.owner == found.all,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::migration::{progress::fresh_status, store::MovedVolume};
+    use flimcd_core::{SiteName, VolumeId};
+
+    const ID: MigrationId = MigrationId(77);
+    const E: Epoch = Epoch(4);
+
+    fn peer() -> SiteName {
+        "beta".parse().unwrap()
+    }
+
+    /// One letter each: **O**wner, **P**repared, **R**eleased, **C** released and complete, **I**ncoming,
+    /// **A**rriving, **X** of another migration.
+    fn ownership(letter: char) -> Ownership {
+        let (migration, peer) = (ID, peer());
+        let released = |complete| Ownership::Released {
+            epoch: E.next(),
+            migration,
+            peer: "beta".parse().unwrap(),
+            complete,
+        };
+        match letter {
+            'O' => Ownership::Owner { epoch: E },
+            'P' => Ownership::Prepared {
+                epoch: E,
+                migration,
+                peer,
+            },
+            'R' => released(false),
+            'C' => released(true),
+            'I' => Ownership::Incoming { migration, peer },
+            'A' => Ownership::Arriving {
+                epoch: E.next(),
+                migration,
+                peer,
+            },
+            _ => Ownership::Incoming {
+                migration: MigrationId(1),
+                peer,
+            },
+        }
+    }
+
+    fn all(letters: &str) -> Vec<Ownership> {
+        letters.chars().map(ownership).collect()
+    }
+
+    fn migration(role: Role) -> MigrationRecord {
+        let names = vec!["vm".parse().unwrap()];
+        let moved = vec![MovedVolume {
+            id: VolumeId(1),
+            name: "vm".parse().unwrap(),
+        }];
+        let status = fresh_status(ID, names, role, peer(), 1);
+        MigrationRecord::new(role, moved, E, None, status)
+    }
+
+    #[test]
+    fn the_table_of_the_source() {
+        let check = |found: &str, put_right: &str, stage: Option<SourceStage>, ended: bool| {
+            let settled = settled(&migration(Role::Source), &all(found));
+            assert_eq!(settled, all(put_right), "{found}");
+            assert_eq!(source_stage(ID, E.next(), &settled), stage, "{found}");
+            assert_eq!(
+                is_complete(Role::Source, ID, &settled),
+                ended,
+                "{found} completed"
+            );
+        };
+        let prepared = Some(SourceStage::Prepared(E.next()));
+        let released = Some(SourceStage::Released(E.next()));
+        check("O", "O", Some(SourceStage::Owner), false);
+        check("OOO", "OOO", Some(SourceStage::Owner), false);
+        check("POO", "OOO", Some(SourceStage::Owner), false);
+        check("OPP", "OOO", Some(SourceStage::Owner), false);
+        check("P", "P", prepared, false);
+        check("PPP", "PPP", prepared, false);
+        check("PRP", "RRR", released, false);
+        check("PCP", "RCR", released, false);
+        check("RC", "RC", released, false);
+        check("CC", "CC", released, true);
+        check("RO", "RO", None, false);
+        check("POR", "POR", None, false);
+        check("PX", "PX", None, false);
+    }
+
+    #[test]
+    fn the_table_of_the_target() {
+        let check = |found: &str, put_right: &str, stage: Option<TargetStage>, ended: bool| {
+            let settled = settled(&migration(Role::Target), &all(found));
+            assert_eq!(settled, all(put_right), "{found}");
+            assert_eq!(target_stage(ID, E.next(), &settled), stage, "{found}");
+            assert_eq!(
+                is_complete(Role::Target, ID, &settled),
+                ended,
+                "{found} completed"
+            );
+        };
+        let owner = Some(TargetStage::Owner(E.next()));
+        check("I", "I", Some(TargetStage::Incoming), false);
+        check("AI", "II", Some(TargetStage::Incoming), false);
+        check("IAA", "III", Some(TargetStage::Incoming), false);
+        check("A", "A", owner, false);
+        check("AAA", "AAA", owner, false);
+        check("AOA", "AOA", owner, false);
+        check("OO", "OO", Some(TargetStage::Complete(E.next())), true);
+        check("OI", "OI", None, false);
+        check("OAI", "OAI", None, false);
+        check("AX", "AX", None, false);
+    }
+
+    #[test]
+    fn what_was_refused_has_not_arrived() {
+        let mut record = migration(Role::Target);
+        record.refused = Some(E);
+        assert_eq!(settled(&record, &all("AA")), all("AA"), "an older epoch");
+        record.refused = Some(E.next());
+        assert_eq!(settled(&record, &all("AA")), all("II"));
+        record.refused = None;
+        record.status.phase = Phase::Failed;
+        assert_eq!(settled(&record, &all("AI")), all("II"));
+    }
+}

@@ -403,3 +403,142 @@ pub(crate) fn ownership_of(volume: &Volume) -> Ownership {
         None => unreachable!("volumes without a record are made by tests only"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use flimcd_core::{VolumeId, VolumeSize};
+    use flimcd_volume::{NewVolume, VolumesDir, device::OpenOptions};
+    use flimcd_wire::Content;
+    use std::{fs, os::unix::fs::FileExt, path::Path};
+
+    const MIGRATION: MigrationId = MigrationId(9);
+    /// Laid out as blocks 0..3, 16..32 and 48..49.
+    const SIZES: [u64; 3] = [2 * 4096 + 512, 16 * 4096, 512];
+
+    fn peer() -> SiteName {
+        "beta".parse().unwrap()
+    }
+
+    fn make(dir: &Path, ownership: &Ownership) -> Arc<VolumeSet> {
+        let volumes = VolumesDir::open(dir.join("volumes")).unwrap();
+        let make = |(number, &bytes): (usize, &u64)| {
+            let name = format!("v{number}").parse().unwrap();
+            let new = NewVolume {
+                id: VolumeId(number as u128 + 1),
+                image: dir.join(format!("{number}.raw")),
+                name,
+                tenant: "default".to_owned(),
+                epoch: Epoch::FIRST,
+                ownership: ownership.clone(),
+            };
+            let size = VolumeSize::new(bytes).unwrap();
+            Volume::create(&volumes, new, size, &OpenOptions::default()).unwrap()
+        };
+        VolumeSet::new(SIZES.iter().enumerate().map(make).collect()).unwrap()
+    }
+
+    fn owned(dir: &Path) -> Arc<VolumeSet> {
+        make(dir, &Ownership::Owner { epoch: Epoch(1) })
+    }
+
+    fn arriving(dir: &Path) -> Arc<VolumeSet> {
+        let (migration, peer) = (MIGRATION, peer());
+        make(dir, &Ownership::Incoming { migration, peer })
+    }
+
+    fn set(runs: &[(u64, u64)]) -> BlockSet {
+        let mut set = BlockSet::new(49);
+        for &(start, end) in runs {
+            set.insert_range(BlockRange::new(start, end));
+        }
+        set
+    }
+
+    /// Writes through the layout, as content that arrives does.
+    fn write(volumes: &VolumeSet, start: u64, end: u64) -> io::Result<()> {
+        let entry = Entry {
+            range: BlockRange::new(start, end),
+            content: Content::Zero,
+        };
+        volumes.apply(entry, |volume, within| {
+            let bytes = within.range.bytes(volume.size()).len();
+            let data = vec![7; usize::try_from(bytes).unwrap()];
+            volume.apply(within.range, flimcd_volume::ApplyData::Bytes(&data))?;
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn blocks_are_shifted_and_short_ends_stay_short() {
+        let dir = tempfile::tempdir().unwrap();
+        let volumes = owned(dir.path());
+        assert_eq!(volumes.start_tracking_fresh().unwrap(), set(&[]));
+        for (number, at, bytes) in [(0, 4096, 4096 + 512), (1, 4 * 4096, 8192), (2, 0, 512)] {
+            let image = dir.path().join(format!("{number}.raw"));
+            let image = fs::File::options().write(true).open(image).unwrap();
+            image.write_all_at(&vec![7; bytes], at).unwrap();
+            image.sync_all().unwrap();
+        }
+        let written = set(&[(1, 3), (20, 22), (48, 49)]);
+        assert_eq!(volumes.start_tracking_fresh().unwrap(), written);
+        let bytes = |start, end| {
+            let begun = volumes.begin_send(BlockRange::new(start, end));
+            let (sending, bytes) = begun.unwrap();
+            let mut buf = vec![0; usize::try_from(bytes).unwrap()];
+            sending.read(&mut buf).unwrap();
+            buf
+        };
+        assert_eq!(bytes(1, 3), [7; 4096 + 512]);
+        assert_eq!(bytes(48, 49), [7; 512]);
+        assert_eq!(bytes(16, 17), [0; 4096]);
+        volumes.mark_clean(&[BlockRange::new(2, 21)]).unwrap();
+        let left = set(&[(1, 2), (21, 22), (48, 49)]);
+        assert_eq!(volumes.unacked(true).unwrap(), left);
+    }
+
+    #[test]
+    fn blocks_of_no_volume_are_errors() {
+        let dir = tempfile::tempdir().unwrap();
+        let volumes = arriving(dir.path());
+        for (start, end) in [(3, 4), (2, 4), (15, 17), (32, 48), (49, 50), (5000, 5001)] {
+            assert!(!volumes.has(BlockRange::new(start, end)));
+            assert!(write(&volumes, start, end).is_err(), "{start}..{end}");
+            let range = BlockRange::new(start, end);
+            assert!(volumes.begin_send(range).is_err(), "{start}..{end}");
+        }
+        let missing = set(&[(2, 5)]);
+        let taken = volumes.take_over(missing, Epoch(2), MIGRATION, &peer());
+        assert_eq!(taken.unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        volumes.mark_clean(&[BlockRange::new(0, 5000)]).unwrap();
+    }
+
+    #[test]
+    fn all_are_taken_over_or_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let volumes = arriving(dir.path());
+        let missing = set(&[(0, 1), (16, 19)]);
+        // No file can be put in the place of this.
+        let in_the_way = dir.path().join("volumes/v1/missing");
+        fs::create_dir(&in_the_way).unwrap();
+        let take = || volumes.take_over(missing.clone(), Epoch(2), MIGRATION, &peer());
+        take().unwrap_err();
+        for volume in volumes.all() {
+            assert_eq!(volume.mode(), Mode::Incoming, "no guest is let in");
+            assert!(matches!(ownership_of(volume), Ownership::Incoming { .. }));
+        }
+        fs::remove_dir(&in_the_way).unwrap();
+        take().unwrap();
+        assert_eq!(volumes.missing_count(), 4);
+        let first = [BlockRange::new(0, 1), BlockRange::new(16, 18)];
+        assert_eq!(volumes.first_missing(3), first);
+        write(&volumes, 0, 1).unwrap();
+        volumes.complete(Epoch(2)).unwrap_err();
+        write(&volumes, 16, 19).unwrap();
+        volumes.complete(Epoch(2)).unwrap();
+        volumes.complete(Epoch(2)).unwrap();
+        for volume in volumes.all() {
+            assert_eq!(ownership_of(volume), Ownership::Owner { epoch: Epoch(2) });
+        }
+    }
+}

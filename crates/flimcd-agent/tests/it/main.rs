@@ -11,6 +11,7 @@ mod cuts;
 mod disks;
 mod guest;
 mod migrate;
+mod mixed;
 mod proxy;
 mod refuse;
 mod site;
