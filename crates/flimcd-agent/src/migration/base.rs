@@ -37,6 +37,10 @@ impl VolumeObserver for Wake {
         self.0.notify_one();
     }
 
+    fn on_peek(&self) {
+        self.0.notify_one();
+    }
+
     fn on_drained(&self) {
         self.0.notify_one();
     }
@@ -81,7 +85,7 @@ pub(crate) enum CommandError {
 pub(crate) enum Event<D> {
     Link(LinkInput),
     Done(D),
-    /// A volume has faults, is drained, or lost its last guest.
+    /// A volume has faults or questions, is drained, or lost its last guest.
     Volume,
     Command(Command),
     /// The link has room again.

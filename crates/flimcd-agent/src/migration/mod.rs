@@ -17,6 +17,7 @@
 
 mod base;
 pub(crate) mod hooks;
+mod peeks;
 mod policies;
 pub(crate) mod port;
 pub(crate) mod progress;

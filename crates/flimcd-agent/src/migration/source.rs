@@ -16,10 +16,14 @@ use std::{
 use super::{
     base::{Base, Command, CommandAnswer, CommandError, Event, Outcome, Setup, disk_error},
     hooks::DisksEvent,
+    peeks::{Answering, Question},
     progress::{eta_s, unix_ms},
     store::MigrationRecord,
 };
-use crate::api::{self, Phase};
+use crate::{
+    api::{self, Phase},
+    links::LinkInput,
+};
 
 /// How often dirty marks are drained from the volume.
 const DRAIN: Duration = Duration::from_millis(25);
@@ -28,6 +32,7 @@ const DRAIN: Duration = Duration::from_millis(25);
 pub(crate) enum Done {
     Read(Seq, Result<(Vec<Entry>, Bytes), DiskError>),
     Persisted(SourceRecord, Result<(), DiskError>),
+    Peeked(Question, io::Result<Bytes>),
 }
 
 /// See the module.
@@ -44,6 +49,8 @@ pub(crate) struct SourceDriver {
     granted: bool,
     /// The move of the machine was told that its disks are ready.
     told_ready: bool,
+    /// Reads at the target before the switch.
+    answering: Answering,
 }
 
 impl SourceDriver {
@@ -67,6 +74,7 @@ impl SourceDriver {
             is_manual,
             granted: false,
             told_ready: false,
+            answering: Answering::default(),
         };
         let now = driver.base.now();
         if driver.base.record.switchover_asked {
@@ -107,6 +115,9 @@ impl SourceDriver {
         let now = self.base.now();
         match event {
             Event::Link(input) => {
+                if let LinkInput::Up(_) = input {
+                    self.answering.handle_link_up();
+                }
                 let said = self.base.take_link_input(&mut self.machine, input);
                 if let Some(message) = said.and_then(|(message, _credit)| self.look_at(message)) {
                     self.machine.handle_message(now, message);
@@ -115,6 +126,14 @@ impl SourceDriver {
             Event::Done(Done::Read(seq, result)) => self.machine.handle_read(now, seq, result),
             Event::Done(Done::Persisted(record, result)) => {
                 self.machine.handle_persisted(now, record, result);
+            }
+            Event::Done(Done::Peeked(question, result)) => {
+                if let Err(error) = &result {
+                    let range = question.range;
+                    self.base
+                        .note(format!("reading blocks {range:?} for the target: {error}"));
+                }
+                self.answering.handle_read(&question, result.ok());
             }
             Event::Volume => self.consider_guests(now),
             Event::Command(command) => self.command(command).await,
@@ -130,6 +149,10 @@ impl SourceDriver {
             Message::Demand { runs } if !runs.iter().all(|run| self.base.volumes.has(run)) => {
                 self.base
                     .note("the target asks for blocks that belong to no volume".to_owned());
+                None
+            }
+            Message::Peek { number, range } => {
+                self.peek(number, range);
                 None
             }
             message => Some(message),
@@ -271,10 +294,11 @@ impl SourceDriver {
                 self.machine.handle_frozen(now, &dirty);
                 continue;
             }
-            let machine = &mut self.machine;
-            self.base
-                .port
-                .transmit(|has_room| machine.poll_transmit(has_room));
+            let (machine, answering) = (&mut self.machine, &mut self.answering);
+            self.base.port.transmit(|has_room| {
+                let answer = answering.poll(has_room);
+                answer.or_else(|| machine.poll_transmit(has_room))
+            });
             let mut again = false;
             while let Some(event) = self.machine.poll_event() {
                 is_news = true;
@@ -358,6 +382,21 @@ impl SourceDriver {
                 .map_err(|error| disk_error(&format!("reading blocks {range:?}"), &error));
             // The driver is gone when the agent stops.
             let _ = done.send(Done::Read(seq, result));
+        });
+    }
+
+    /// Something at the target reads before the switch.
+    fn peek(&mut self, number: u64, range: BlockRange) {
+        let Some(question) = self.answering.handle_peek(number, range) else {
+            self.base
+                .note("the target asks for more at once than it may".to_owned());
+            return;
+        };
+        let (volumes, done) = (self.base.volumes.clone(), self.base.begin_job());
+        self.base.workers.any_order(move |_| {
+            let bytes = volumes.peek(question.range).map(Bytes::from);
+            // The driver is gone when the agent stops.
+            let _ = done.send(Done::Peeked(question, bytes));
         });
     }
 

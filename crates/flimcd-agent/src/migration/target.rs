@@ -17,12 +17,13 @@ use std::{
 use super::{
     base::{Base, Command, CommandError, Event, Outcome, Setup, disk_error},
     hooks::DisksEvent,
+    peeks::Asking,
     progress::unix_ms,
     store::MigrationRecord,
     volumes::VolumeSet,
     workers::Tools,
 };
-use crate::api::Phase;
+use crate::{api::Phase, links::LinkInput};
 
 /// How often it is looked at what the guest has done.
 const LOOK: Duration = Duration::from_millis(50);
@@ -54,6 +55,8 @@ pub(crate) struct TargetDriver {
     /// What an agent that ran before had counted.
     reads_before: u64,
     reads_missed_before: u64,
+    /// Reads before the switch.
+    asking: Asking,
     /// The credit of the message that the machine is looking at.
     credit: Option<Credit>,
 }
@@ -61,6 +64,8 @@ pub(crate) struct TargetDriver {
 impl TargetDriver {
     pub(crate) fn new(setup: Setup, begin: &TargetBegin) -> io::Result<Self> {
         let base = Base::new(setup, "target")?;
+        // A guest that is not moved by us is let in after the switch only.
+        base.volumes.set_peeking(begin.config.waits_for_vm);
         Ok(Self {
             machine: TargetMachine::new(begin.config, begin.start, base.now()),
             look_at: base.now(),
@@ -68,6 +73,7 @@ impl TargetDriver {
             reads_missed_before: base.status.guest_reads_missed,
             base,
             discard: false,
+            asking: Asking::default(),
             credit: None,
         })
     }
@@ -91,6 +97,8 @@ impl TargetDriver {
             };
             if is_over && self.base.is_quiet() {
                 self.publish();
+                // Nobody would answer.
+                self.base.volumes.set_peeking(false);
                 let (record, outcome) = self.base.close(Outcome::Ended).await;
                 return (record, outcome, self.discard);
             }
@@ -114,6 +122,9 @@ impl TargetDriver {
         let now = self.base.now();
         match event {
             Event::Link(input) => {
+                if let LinkInput::Up(_) = input {
+                    self.asking.handle_link_up(&self.base.volumes);
+                }
                 let said = self.base.take_link_input(&mut self.machine, input);
                 if let Some((message, credit)) = said
                     && let Some(message) = self.look_at(message)
@@ -123,7 +134,10 @@ impl TargetDriver {
                 }
             }
             Event::Done(done) => self.answer(now, done),
-            Event::Volume => self.take_faults(now),
+            Event::Volume => {
+                self.take_faults(now);
+                self.asking.take(&self.base.volumes);
+            }
             Event::Command(command) => self.command(now, command),
             Event::Timer => {
                 if self.look_at <= now {
@@ -161,6 +175,11 @@ impl TargetDriver {
             {
                 self.base
                     .note("the source sent blocks that belong to no volume".to_owned());
+                None
+            }
+            Message::Peeked { number, payload } => {
+                let volumes = &self.base.volumes;
+                self.asking.handle_peeked(volumes, number, &payload);
                 None
             }
             message => Some(message),
@@ -249,10 +268,11 @@ impl TargetDriver {
         }
         // Not passed on to a job: the content is held or was dropped by the machine.
         self.credit = None;
-        let machine = &mut self.machine;
-        self.base
-            .port
-            .transmit(|has_room| machine.poll_transmit(has_room));
+        let (machine, asking) = (&mut self.machine, &mut self.asking);
+        self.base.port.transmit(|has_room| {
+            let asked = asking.poll(has_room);
+            asked.or_else(|| machine.poll_transmit(has_room))
+        });
         let mut is_news = false;
         while let Some(event) = self.machine.poll_event() {
             is_news = true;

@@ -22,6 +22,13 @@ pub(crate) struct VolumeSet {
     layout: VolumeLayout,
 }
 
+/// A question of one of the volumes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct PeekId {
+    volume: usize,
+    number: u64,
+}
+
 /// Reads and misses of all guests.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct GuestReads {
@@ -219,6 +226,12 @@ impl VolumeSet {
         Ok((volume.begin_send(within), bytes))
     }
 
+    /// The bytes of `range` as they are now.
+    pub(crate) fn peek(&self, range: BlockRange) -> io::Result<Vec<u8>> {
+        let (volume, within) = self.locate(range)?;
+        volume.peek(within)
+    }
+
     /// The target durably has these blocks.
     pub(crate) fn mark_clean(&self, ranges: &[BlockRange]) -> io::Result<()> {
         if let [only] = &self.volumes[..] {
@@ -354,6 +367,35 @@ impl VolumeSet {
     pub(crate) fn requeue_faults(&self) {
         for volume in &self.volumes {
             volume.requeue_faults();
+        }
+    }
+
+    /// Whether reads before the switch are put to the source.
+    pub(crate) fn set_peeking(&self, is_on: bool) {
+        for volume in &self.volumes {
+            volume.set_peeking(is_on);
+        }
+    }
+
+    /// A question of a read before the switch, each once until [`requeue_peeks`](Self::requeue_peeks).
+    pub(crate) fn poll_peek(&self) -> Option<(PeekId, BlockRange)> {
+        let mut placed = self.placed().enumerate();
+        placed.find_map(|(volume, (of, start))| {
+            let peek = of.poll_peek()?;
+            let number = peek.number;
+            Some((PeekId { volume, number }, shift_out(peek.range, start)))
+        })
+    }
+
+    /// The source's answer to a question; `None` when it could not read the blocks.
+    pub(crate) fn answer_peek(&self, id: PeekId, bytes: Option<&[u8]>) {
+        self.volumes[id.volume].answer_peek(id.number, bytes);
+    }
+
+    /// Asks every question that is open once more.
+    pub(crate) fn requeue_peeks(&self) {
+        for volume in &self.volumes {
+            volume.requeue_peeks();
         }
     }
 

@@ -238,6 +238,23 @@ impl Volume {
         self.read_blocks(range, buf)
     }
 
+    /// The bytes of `range` as they are now, clipped at the end of the volume. A block that the guest is writing may be in part old
+    /// and in part new. Nothing is marked or cleared.
+    ///
+    /// # Errors
+    /// What the device reports; [`io::ErrorKind::InvalidInput`] when the range lies outside of the volume.
+    pub fn peek(&self, range: BlockRange) -> io::Result<Vec<u8>> {
+        if range.end > self.size().blocks() {
+            let problem = format!("blocks {range:?} lie beyond the end of the volume");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, problem));
+        }
+        let bytes = range.bytes(self.size());
+        let length = usize::try_from(bytes.len()).map_err(io::Error::other)?;
+        let mut content = vec![0; length];
+        self.device.read_at(bytes.start, &mut content)?;
+        Ok(content)
+    }
+
     fn read_blocks(&self, range: BlockRange, buf: &mut [u8]) -> io::Result<()> {
         let bytes = range.bytes(self.size());
         let length = usize::try_from(bytes.len()).map_err(io::Error::other)?;
