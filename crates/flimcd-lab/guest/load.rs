@@ -9,7 +9,7 @@
 use std::{
     fs::{self, File, OpenOptions},
     io,
-    os::unix::fs::{FileExt as _, OpenOptionsExt as _},
+    os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
@@ -17,46 +17,18 @@ use std::{
 };
 
 use crate::{
+    files::{DataFile, Known, Page, RUN_BLOCKS, Run, is_filled},
     ram::Ram,
     rng::Rng,
     settings::Settings,
     stamp::{self, BLOCK_BYTES, Stamp},
 };
 
-/// As on x86-64; std has no name for it.
-pub(crate) const O_DIRECT: i32 = 0x4000;
 /// The journal is written round and round.
 const JOURNAL_BLOCKS: u64 = 256;
 const JOURNAL_FILE: u64 = u64::MAX;
 /// A load that is so late starts afresh, instead of catching up for ever.
 const BEHIND_MAX: Duration = Duration::from_secs(1);
-
-/// A block's memory as `O_DIRECT` wants it.
-#[repr(align(4096))]
-pub(crate) struct Page(pub(crate) [u8; BLOCK_BYTES]);
-
-impl Page {
-    pub(crate) fn boxed() -> Box<Self> {
-        Box::new(Self([0; BLOCK_BYTES]))
-    }
-}
-
-/// A file that the load writes to.
-struct DataFile {
-    path: PathBuf,
-    /// As the stamps in it say.
-    id: u64,
-    buffered: File,
-    direct: File,
-    blocks: u64,
-}
-
-/// What is known of a block.
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct Known {
-    seq: u64,
-    is_being_written: bool,
-}
 
 /// What writer, reader and commands share.
 struct State {
@@ -238,17 +210,15 @@ impl Load {
     /// Returns blocks and pages checked, and how many were wrong.
     pub(crate) fn verify(&self) -> (u64, u64, u64) {
         let (mut blocks, mut wrong) = (0, 0);
-        let mut page = Page::boxed();
+        let mut run = Run::new();
         for file in 0..self.files.len() {
-            for block in 0..self.files[file].blocks {
-                // A block that is written meanwhile is looked at again.
-                let found = loop {
-                    if let Some(found) = self.check_block(file, block, &mut page) {
-                        break found;
-                    }
-                };
-                wrong += u64::from(!found);
-                blocks += 1;
+            let all = self.files[file].blocks;
+            let mut at = 0;
+            while at < all {
+                let count = (all - at).min(RUN_BLOCKS as u64);
+                wrong += self.check_run(file, at, run.blocks(usize::try_from(count).unwrap_or(0)));
+                blocks += count;
+                at += count;
             }
         }
         let mut ram = self.lock_ram();
@@ -401,6 +371,51 @@ impl Load {
         }
     }
 
+    /// Reads blocks from `start` on at once and compares them; those written meanwhile are looked at
+    /// again one by one. Returns how many are wrong.
+    fn check_run(&self, file: usize, start: u64, bytes: &mut [u8]) -> u64 {
+        let target = &self.files[file];
+        let first = usize::try_from(start).unwrap_or(usize::MAX);
+        let range = first..first + bytes.len() / BLOCK_BYTES;
+        let before = self.lock().known[file][range.clone()].to_vec();
+        if target
+            .direct
+            .read_exact_at(bytes, start * BLOCK_BYTES as u64)
+            .is_err()
+        {
+            // Each block says for itself what is wrong.
+            bytes.fill(0);
+        }
+        let after = self.lock().known[file][range].to_vec();
+        let mut page = Page::boxed();
+        let mut wrong = 0;
+        for (offset, got) in bytes.chunks_exact(BLOCK_BYTES).enumerate() {
+            let block = start + offset as u64;
+            let want = Stamp {
+                file: target.id,
+                block,
+                seq: before[offset].seq,
+            };
+            let is_still = before[offset] == after[offset] && !before[offset].is_being_written;
+            if is_still && is_filled(want, got) {
+                continue;
+            }
+            let is_right = loop {
+                if let Some(is_right) = self.check_block(file, block, &mut page) {
+                    break is_right;
+                }
+            };
+            if is_still && is_right {
+                println!(
+                    "BAD {}: {want:?} was read wrongly at first",
+                    target.path.display()
+                );
+            }
+            wrong += u64::from(is_still || !is_right);
+        }
+        wrong
+    }
+
     /// Reads a block from the disk and compares it; `None` when it was written meanwhile.
     fn check_block(&self, file: usize, block: u64, page: &mut Page) -> Option<bool> {
         let at = usize::try_from(block).ok()?;
@@ -426,75 +441,6 @@ impl Load {
             seq: before.seq,
         };
         Some(target.is_right(want, &page.0))
-    }
-}
-
-impl DataFile {
-    fn open(path: &Path) -> io::Result<Self> {
-        let mut options = OpenOptions::new();
-        options.read(true).write(true);
-        let buffered = options.open(path)?;
-        // Not every file system has it; then reads may come from the page cache.
-        let direct = options
-            .custom_flags(O_DIRECT)
-            .open(path)
-            .or_else(|_| File::open(path))?;
-        let blocks = buffered.metadata()?.len() / BLOCK_BYTES as u64;
-        let mut page = Page::boxed();
-        buffered.read_exact_at(&mut page.0, 0)?;
-        let id = stamp::read(&page.0).map(|stamp| stamp.file);
-        let no_stamp =
-            || io::Error::other(format!("{} holds no blocks of the load", path.display()));
-        Ok(Self {
-            path: path.to_owned(),
-            id: id.ok_or_else(no_stamp)?,
-            buffered,
-            direct,
-            blocks,
-        })
-    }
-
-    /// The versions of all blocks: all 0, or as found if the file has been in use.
-    fn scan(&self, is_used: bool) -> io::Result<Vec<Known>> {
-        let mut page = Page::boxed();
-        let mut known = Vec::new();
-        for block in 0..self.blocks {
-            let mut seq = 0;
-            if is_used {
-                self.direct
-                    .read_exact_at(&mut page.0, block * BLOCK_BYTES as u64)?;
-                seq = stamp::read(&page.0).map_or(0, |stamp| stamp.seq);
-                if !self.is_right(
-                    Stamp {
-                        file: self.id,
-                        block,
-                        seq,
-                    },
-                    &page.0,
-                ) {
-                    return Err(io::Error::other("the disk is not as the load left it"));
-                }
-            }
-            known.push(Known {
-                seq,
-                is_being_written: false,
-            });
-        }
-        Ok(known)
-    }
-
-    fn is_right(&self, want: Stamp, got: &[u8]) -> bool {
-        let mut expected = [0; BLOCK_BYTES];
-        stamp::fill(want, &mut expected);
-        if expected == got {
-            return true;
-        }
-        let path = self.path.display();
-        match stamp::read(got) {
-            Some(found) if found == want => println!("BAD {path}: {want:?} with other bytes"),
-            found => println!("BAD {path}: {want:?} expected, found {found:?}"),
-        }
-        false
     }
 }
 

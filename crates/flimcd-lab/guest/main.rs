@@ -21,6 +21,7 @@
 #[allow(dead_code, reason = "shared with the lab, which uses more of it")]
 #[path = "../src/content.rs"]
 mod content;
+mod files;
 mod load;
 mod marks;
 mod ram;

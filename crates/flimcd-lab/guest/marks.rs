@@ -8,7 +8,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::{content::fill_text, load::O_DIRECT, load::Page, rng::mix3};
+use crate::{
+    content::fill_text,
+    files::{O_DIRECT, Page},
+    rng::mix3,
+};
 
 /// A file, its size and the checksum of what was written.
 struct Mark {
