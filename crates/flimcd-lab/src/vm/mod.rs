@@ -55,6 +55,7 @@
 //! kernel is the host's or an unpacked Debian package, see [`Requirements`].
 
 mod agents;
+mod arriving;
 pub mod baseline;
 mod client;
 mod cpio;
@@ -71,10 +72,11 @@ mod stage;
 mod stamp;
 
 pub use agents::{Agent, AgentError, Agents};
+pub use arriving::Arriving;
 pub use client::{Client, ClientReport, ProbeReport, ProbeSecond};
 pub use files::{copy_sparse, first_difference};
 pub use image::{ExtraDisk, GuestImage, GuestSpec, ImageError};
-pub use process::{Qemu, QemuError};
+pub use process::{Qemu, QemuError, complaints_in};
 pub use qemu::{Bus, DiskFormat, DiskSpec, LoadSettings, Net, QemuSpec, Storage, Style};
 pub use requirements::{Missing, Requirements, Tools};
 pub use seconds::{LoadLine, LoadSummary};

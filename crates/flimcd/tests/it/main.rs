@@ -6,4 +6,5 @@ mod demo;
 mod messages;
 mod util;
 mod vm_care;
+mod vm_move;
 mod walkthrough;

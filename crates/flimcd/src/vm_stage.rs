@@ -6,8 +6,6 @@
 //!  adopt at A ──► move to B ──► [release] ──► the guest verifies itself ──► switched off, file systems checked
 //! ```
 
-mod target;
-
 use std::{
     path::Path,
     time::{Duration, Instant},
@@ -17,12 +15,10 @@ use anyhow::{Context as _, bail};
 use flimcd_agent::api::{AdoptVm, Client, MoveVm, VmMoveStatus, VmPhase};
 use flimcd_core::VolumeName;
 use flimcd_lab::{
-    vm::{AgentError, Agents, ClientReport, LoadSummary, Stage},
+    vm::{AgentError, Agents, Arriving, ClientReport, LoadSummary, Stage},
     wan::Side,
 };
 use serde::Serialize;
-
-use target::TargetMachine;
 
 const POLL: Duration = Duration::from_millis(20);
 /// A move that takes longer hangs.
@@ -76,7 +72,7 @@ pub(crate) const TO: &str = Agents::NAMES[1];
 /// Two agents beside a stage.
 pub(crate) struct Two {
     agents: Agents,
-    target: TargetMachine,
+    target: Arriving,
     source_api: Client,
 }
 
@@ -84,7 +80,7 @@ impl Two {
     /// Starts the agents; nothing happens to the guest.
     pub(crate) fn start(stage: &Stage, dir: &Path) -> anyhow::Result<Self> {
         let program = std::env::current_exe().context("this program does not find itself")?;
-        let target = TargetMachine::new(stage)?;
+        let target = Arriving::new(stage).context("the target's directory")?;
         let agents = Agents::start(&stage.sites, dir, &program, ["", &target.config()])
             .map_err(|error: AgentError| anyhow::anyhow!("{error}"))?;
         let source_api = Client::new(agents.at(Side::A).api_socket());

@@ -1,0 +1,119 @@
+//! The machine that the target's agent starts, from what its configuration says.
+
+use std::{
+    fs, io,
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+
+use super::{LoadLine, QemuSpec, Stage, process::complaints_in};
+
+/// How long a guest may take to switch itself off.
+const OFF_MAX: Duration = Duration::from_secs(60);
+
+/// See the module.
+#[derive(Debug)]
+pub struct Arriving {
+    spec: QemuSpec,
+    qemu: PathBuf,
+    disks: usize,
+}
+
+impl Arriving {
+    /// The same machine as the stage's.
+    ///
+    /// # Errors
+    /// When its directory cannot be made.
+    pub fn new(stage: &Stage) -> io::Result<Self> {
+        let mut spec = stage.target_spec(Vec::new());
+        // How it is steered comes from the agent.
+        spec.is_incoming = false;
+        spec.is_paused = false;
+        fs::create_dir_all(&spec.dir)?;
+        Ok(Self {
+            spec,
+            qemu: stage.tools().qemu.clone(),
+            disks: stage.source.spec().disks.len(),
+        })
+    }
+
+    /// What the target agent's configuration says about it: a `[[machine]]` table.
+    #[must_use]
+    pub fn config(&self) -> String {
+        let mut command = vec![self.qemu.display().to_string()];
+        command.extend(self.spec.arguments());
+        command.push("{blockdevs}".to_owned());
+        for disk in 0..self.disks {
+            command.push("-device".to_owned());
+            command.push(format!(
+                "virtio-blk-pci,drive=disk{disk},id=disk{disk}-dev,write-cache=on"
+            ));
+        }
+        command.push("{control}".to_owned());
+        // JSON's strings and lists are TOML's.
+        let command = serde_json::to_string(&command).unwrap_or_default();
+        format!("[[machine]]\nvms = [\"*\"]\ncommand = {command}\n")
+    }
+
+    fn serial(&self) -> String {
+        let bytes = fs::read(self.spec.serial_log()).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// The seconds of the load that the guest printed at the target.
+    #[must_use]
+    pub fn load_lines(&self) -> Vec<LoadLine> {
+        self.serial().lines().filter_map(LoadLine::parse).collect()
+    }
+
+    /// What the guest printed there that says that something is wrong.
+    #[must_use]
+    pub fn complaints(&self) -> Vec<String> {
+        complaints_in(&self.serial())
+    }
+
+    /// The second monitor of the machine, for whoever tests.
+    #[must_use]
+    pub fn lab_qmp(&self) -> PathBuf {
+        self.spec.lab_qmp()
+    }
+
+    /// Waits until the machine has ended.
+    ///
+    /// # Errors
+    /// It does not.
+    pub fn wait_gone(&self) -> io::Result<()> {
+        let start = Instant::now();
+        while UnixStream::connect(self.spec.lab_qmp()).is_ok() {
+            if start.elapsed() > OFF_MAX {
+                let text = "the guest at the target does not switch itself off";
+                return Err(io::Error::other(text));
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
+        Ok(())
+    }
+
+    /// The images of the disks at the target, whose agent's directory is `agent`.
+    ///
+    /// # Errors
+    /// They cannot be listed, or are not as many as the disks.
+    pub fn images(&self, agent: &Path) -> io::Result<Vec<PathBuf>> {
+        let mut images = Vec::new();
+        for entry in fs::read_dir(agent.join("images"))? {
+            images.push(entry?.path());
+        }
+        images.sort();
+        if images.len() == self.disks {
+            return Ok(images);
+        }
+        let text = format!(
+            "{} images at the target, {} disks",
+            images.len(),
+            self.disks
+        );
+        Err(io::Error::other(text))
+    }
+}
