@@ -1,7 +1,7 @@
 //! What an adoption would do: which disks, under which names, and what is in the way.
 
 use flimcd_core::VolumeName;
-use flimcd_qemu::{Disk, Inspected, Problem};
+use flimcd_qemu::{Disk, Inspected, Problem, RunState};
 use std::{fs, path::Path};
 
 use super::{CareState, VmDisk, VmRecord};
@@ -57,7 +57,7 @@ impl Plan {
             memory_bytes: Some(found.memory_bytes),
             disks: infos,
             migration: None,
-            problem: None,
+            problem: in_the_way(found.status),
         };
         let record = VmRecord::new(name, request.qmp.clone(), CareState::Adopting, disks);
         Ok(Self { info, record })
@@ -80,6 +80,14 @@ impl Plan {
             let hint = "all disks are taken or none; `flimcd vm adopt --dry-run` shows them";
             return Err(refuse(ApiCode::Qemu, message, hint));
         }
+        if let Some(why) = &self.info.problem {
+            let message = format!("{name} cannot be adopted, nothing was changed: {why}");
+            return Err(refuse(
+                ApiCode::Qemu,
+                message,
+                "try again once that is over",
+            ));
+        }
         if self.record.disks.is_empty() {
             let message = format!("{name} has no disk that could be adopted");
             let hint = "`flimcd vm adopt --dry-run` shows what it has";
@@ -87,6 +95,18 @@ impl Plan {
         }
         Ok(())
     }
+}
+
+/// Why a machine's disks may not be touched now.
+fn in_the_way(status: RunState) -> Option<String> {
+    let why = match status {
+        RunState::Inmigrate => "its QEMU waits for a machine that migrates to it",
+        RunState::FinishMigrate | RunState::Postmigrate => "its QEMU has migrated it elsewhere",
+        RunState::SaveVm => "its QEMU is saving a snapshot",
+        RunState::RestoreVm => "its QEMU is restoring a snapshot",
+        _ => return None,
+    };
+    Some(why.to_owned())
 }
 
 /// The name that the machine gets.
@@ -160,3 +180,6 @@ pub(super) fn same_path(one: &Path, other: &Path) -> bool {
     let real = |path: &Path| fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
     real(one) == real(other)
 }
+
+#[cfg(test)]
+mod tests;

@@ -394,3 +394,6 @@ fn unknown(name: &VolumeName) -> ErrorBody {
         "`flimcd vm list` shows those that are; `flimcd vm adopt` takes one",
     )
 }
+
+#[cfg(test)]
+pub(super) mod tests;

@@ -71,7 +71,7 @@ pub(crate) async fn run(args: &VmArgs) -> anyhow::Result<ExitCode> {
 
 /// A dry run that found something in the way fails, as the real thing would.
 fn code_of(vm: &VmInfo) -> ExitCode {
-    if vm.disks.iter().any(|disk| disk.refused.is_some()) {
+    if vm.problem.is_some() || vm.disks.iter().any(|disk| disk.refused.is_some()) {
         ExitCode::FAILURE
     } else {
         ExitCode::SUCCESS

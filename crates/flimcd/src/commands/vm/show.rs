@@ -79,7 +79,7 @@ pub(super) fn details(vm: &VmInfo) -> String {
 /// What `adopt` has done, or would do.
 pub(super) fn adopted(vm: &VmInfo) -> String {
     let taken = vm.disks.iter().filter(|disk| disk.volume.is_some()).count();
-    let refused = vm.disks.iter().any(|disk| disk.refused.is_some());
+    let refused = vm.problem.is_some() || vm.disks.iter().any(|disk| disk.refused.is_some());
     let head = match vm.care {
         VmCare::Found if refused => format!("{} cannot be adopted as it is", vm.name),
         VmCare::Found => format!("{} can be adopted; nothing was changed", vm.name),
@@ -91,7 +91,10 @@ pub(super) fn adopted(vm: &VmInfo) -> String {
         vm.status,
         vm.memory_bytes.map_or_else(none, format::bytes),
         vm.disks.len(),
-        disks(vm)
+        vm.problem
+            .as_ref()
+            .map_or_else(String::new, |problem| format!("problem: {problem}\n"))
+            + &disks(vm)
     )
 }
 
