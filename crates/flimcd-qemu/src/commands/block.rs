@@ -25,6 +25,10 @@ command! {
     }
 }
 command! {
+    /// Threads for devices' I/O.
+    QueryIothreads = "query-iothreads" -> Vec<Value> {}
+}
+command! {
     /// Jobs that run.
     QueryJobs = "query-jobs" -> Vec<JobInfo> {}
 }

@@ -5,6 +5,8 @@
 //! from `query-blockstats`, the only stable command that says so; `aio` and `discard` are on no answer and
 //! come from the command line of QEMU's process.
 
+mod names;
+mod problem;
 mod process;
 mod size;
 mod types;
@@ -16,12 +18,13 @@ use std::{
 
 use crate::{
     commands::{
-        BlockInfo, ImageInfo, JobInfo, NodeInfo, NodeStats, QueryBlock, QueryBlockstats, QueryJobs,
-        QueryMemory, QueryName, QueryNamedBlockNodes, QueryStatus,
+        BlockInfo, ImageInfo, JobInfo, NodeInfo, NodeStats, QueryBlock, QueryBlockstats,
+        QueryIothreads, QueryJobs, QueryMemory, QueryName, QueryNamedBlockNodes, QueryStatus,
     },
     qmp::{Qmp, QmpError},
 };
-pub(crate) use process::Process;
+use names::{device_names, disk_id};
+use process::Process;
 pub use types::{
     Disk, DiskFormat, DiskOptions, Inspected, NodeOptions, Nodes, Problem, ProtocolOptions,
 };
@@ -64,6 +67,8 @@ pub(crate) struct Graph {
     /// A node's `backing` child.
     backing_child: BTreeMap<String, String>,
     jobs: Vec<JobInfo>,
+    /// The version, if this QEMU is old and has I/O threads: 7.2 aborts ("job->paused").
+    old_with_iothreads: Option<String>,
     process: Process,
 }
 
@@ -76,6 +81,10 @@ impl Graph {
         let named = |n: NodeInfo| Some((n.node_name.clone()?, n));
         // Only the devices' statistics have backing files, only the nodes' have every node.
         let tops = qmp.execute(QueryBlockstats { query_nodes: false }).await?;
+        let mut old_with_iothreads = None;
+        if !qmp.version().is_at_least(9, 0) && !qmp.execute(QueryIothreads {}).await?.is_empty() {
+            old_with_iothreads = Some(qmp.version().to_string());
+        }
         let children = stats.into_iter().filter_map(|s| {
             let child = s.parent?.node_name?;
             Some((s.node_name?, child))
@@ -90,6 +99,7 @@ impl Graph {
             file_child: children.collect(),
             backing_child,
             jobs,
+            old_with_iothreads,
             process: Process::look(qmp.pid()),
         })
     }
@@ -280,88 +290,6 @@ impl Graph {
             },
         }
     }
-
-    fn problem(
-        &self,
-        disk: &Disk,
-        image: &ImageInfo,
-        protocol: &NodeInfo,
-        metadata: Option<std::io::Result<std::fs::Metadata>>,
-    ) -> Option<Problem> {
-        if disk.read_only {
-            return Some(Problem::ReadOnly);
-        }
-        if let Some((socket, name)) = export_of(protocol) {
-            return Some(Problem::OnExport { socket, name });
-        }
-        if protocol.drv != "file" {
-            return Some(Problem::Protocol(protocol.drv.clone()));
-        }
-        if let DiskFormat::Other(name) = &disk.format {
-            return Some(Problem::Format(name.clone()));
-        }
-        let file = disk.file.clone();
-        match metadata {
-            None => {
-                let reason =
-                    "QEMU names it relative to a directory that is not known here".to_owned();
-                let file = PathBuf::from(&protocol.file);
-                return Some(Problem::NoFile { file, reason });
-            }
-            Some(Err(error)) => {
-                let reason = error.to_string();
-                return Some(Problem::NoFile { file, reason });
-            }
-            Some(Ok(metadata)) if self.process.has_open(&metadata) == Some(false) => {
-                return Some(Problem::OtherFile { file });
-            }
-            Some(Ok(_)) => {}
-        }
-        if disk.format == DiskFormat::Raw && !disk.file_bytes.is_multiple_of(512) {
-            return Some(Problem::Size(disk.file_bytes));
-        }
-        self.problem_of_content(disk, image)
-    }
-
-    fn problem_of_content(&self, disk: &Disk, image: &ImageInfo) -> Option<Problem> {
-        let names = [Some(&disk.nodes.root), disk.nodes.format.as_ref()];
-        let nodes = names
-            .into_iter()
-            .flatten()
-            .filter_map(|n| self.nodes.get(n));
-        let bitmaps = nodes.clone().flat_map(|n| &n.dirty_bitmaps);
-        let mut bitmaps: Vec<_> = bitmaps.filter_map(|b| b.name.clone()).collect();
-        if nodes.clone().any(|n| n.encrypted) {
-            return Some(Problem::Encrypted);
-        }
-        if let Some(specific) = &image.format_specific {
-            let is = |key: &str| specific.data.get(key).is_some_and(|v| v == true);
-            if specific.data.get("data-file").is_some() {
-                return Some(Problem::DataFile);
-            }
-            if is("corrupt") {
-                return Some(Problem::Corrupt);
-            }
-            if is("lazy-refcounts") {
-                return Some(Problem::LazyRefcounts);
-            }
-            let stored = specific.data.get("bitmaps").and_then(|b| b.as_array());
-            let stored = stored.into_iter().flatten().filter_map(|b| b.get("name"));
-            bitmaps.extend(stored.filter_map(|n| n.as_str()).map(str::to_owned));
-        }
-        bitmaps.sort();
-        bitmaps.dedup();
-        if !bitmaps.is_empty() {
-            return Some(Problem::Bitmaps(bitmaps.join(", ")));
-        }
-        // A job's name does not tell which disks it works on.
-        let mut jobs = self.jobs.iter().filter(|j| {
-            let block = ["mirror", "backup", "commit", "stream", "create"];
-            block.contains(&j.kind.as_str()) && !["concluded", "null"].contains(&j.status.as_str())
-        });
-        jobs.next()
-            .map(|j| Problem::Job(format!("{} ({})", j.id, j.kind)))
-    }
 }
 
 fn collect_backing(node: NodeStats, found: &mut BTreeMap<String, String>) {
@@ -383,152 +311,5 @@ impl NodeOptions {
             cache_no_flush: node.cache.no_flush,
             detect_zeroes: node.detect_zeroes.clone(),
         }
-    }
-}
-
-/// Socket and name of the export that an `nbd` node is on, from its address:
-/// `nbd+unix:///NAME?socket=PATH` or, when that cannot say all, `json:{…}`.
-pub(crate) fn export_of(node: &NodeInfo) -> Option<(PathBuf, String)> {
-    if node.drv != "nbd" {
-        return None;
-    }
-    if let Some(json) = node.file.strip_prefix("json:") {
-        let value: serde_json::Value = serde_json::from_str(json).ok()?;
-        let text = |keys: [&str; 2]| {
-            let nested = value.get(keys[0]).and_then(|v| v.get(keys[1]));
-            let flat = value.get(format!("{}.{}", keys[0], keys[1]));
-            Some(nested.or(flat)?.as_str()?.to_owned())
-        };
-        let socket = text(["server", "path"])?;
-        let name = value.get("export").and_then(|e| e.as_str());
-        return Some((socket.into(), name.unwrap_or_default().to_owned()));
-    }
-    let rest = node.file.strip_prefix("nbd+unix://")?;
-    let (name, socket) = rest.split_once("?socket=")?;
-    let name = name.strip_prefix('/').unwrap_or(name);
-    Some((unescape(socket).into(), unescape(name)))
-}
-
-/// `%41` is `A`.
-fn unescape(text: &str) -> String {
-    let bytes = text.as_bytes();
-    let mut plain = Vec::with_capacity(bytes.len());
-    let mut at = 0;
-    while at < bytes.len() {
-        let code = bytes
-            .get(at + 1..at + 3)
-            .and_then(|hex| std::str::from_utf8(hex).ok());
-        let code = code.and_then(|hex| u8::from_str_radix(hex, 16).ok());
-        match code {
-            Some(byte) if bytes[at] == b'%' => {
-                plain.push(byte);
-                at += 3;
-            }
-            _ => {
-                plain.push(bytes[at]);
-                at += 1;
-            }
-        }
-    }
-    String::from_utf8_lossy(&plain).into_owned()
-}
-
-/// The id that a person gave a device, and its path, from what `query-block` calls `qdev`: either.
-fn device_names(qdev: Option<&str>) -> (Option<String>, Option<String>) {
-    let Some(qdev) = qdev else {
-        return (None, None);
-    };
-    if let Some(inside) = qdev.strip_prefix("/machine/peripheral/") {
-        let id = inside.split('/').next().unwrap_or_default();
-        return (Some(id.to_owned()), Some(qdev.to_owned()));
-    }
-    if qdev.starts_with('/') {
-        return (None, Some(qdev.to_owned()));
-    }
-    let path = format!("/machine/peripheral/{qdev}");
-    (Some(qdev.to_owned()), Some(path))
-}
-
-fn disk_id(qdev: Option<&str>, drive: Option<&str>, node: &str) -> String {
-    let given = Some(node).filter(|n| !n.starts_with('#'));
-    let name = qdev.or(drive).or(given).unwrap_or_default();
-    let mut id = String::new();
-    for c in name.chars() {
-        let c = c.to_ascii_lowercase();
-        if c.is_ascii_alphanumeric() {
-            id.push(c);
-        } else if !id.is_empty() && !id.ends_with('-') {
-            id.push('-');
-        }
-    }
-    id.truncate(MAX_DISK_ID_BYTES);
-    id.trim_end_matches('-').to_owned()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ids_are_short_and_plain() {
-        let check = |qdev, drive, node, expected| {
-            assert_eq!(disk_id(qdev, drive, node), expected);
-        };
-        check(Some("Disk_0"), Some("drv"), "node", "disk-0");
-        check(None, Some("virtio0"), "#block12", "virtio0");
-        check(None, None, "libvirt-1-format", "libvirt-1-format");
-        check(None, None, "#block12", "");
-        check(
-            Some("ua-0c9d0d9b-3a8e-4d0e-9b0e"),
-            None,
-            "",
-            "ua-0c9d0d9b-3a8e-4d0",
-        );
-    }
-
-    #[test]
-    fn devices_by_id_or_path() {
-        let check = |qdev, id: Option<&str>, path: Option<&str>| {
-            let expected = (id.map(str::to_owned), path.map(str::to_owned));
-            assert_eq!(device_names(qdev), expected);
-        };
-        check(None, None, None);
-        check(Some("sd0"), Some("sd0"), Some("/machine/peripheral/sd0"));
-        let virtio = "/machine/peripheral/vd0/virtio-backend";
-        check(Some(virtio), Some("vd0"), Some(virtio));
-        let anonymous = "/machine/peripheral-anon/device[0]";
-        check(Some(anonymous), None, Some(anonymous));
-    }
-
-    #[test]
-    fn export_of_an_address() {
-        let check = |file: &str, expected: Option<(&str, &str)>| {
-            let node: NodeInfo = serde_json::from_value(serde_json::json!({
-                "drv": "nbd", "file": file, "image": {"virtual-size": 1, "format": "nbd"},
-                "cache": {"writeback": true, "direct": false, "no-flush": false},
-            }))
-            .unwrap();
-            let found = export_of(&node);
-            let expected = expected.map(|(s, n)| (PathBuf::from(s), n.to_owned()));
-            assert_eq!(found, expected, "{file}");
-        };
-        check(
-            "nbd+unix:///vm.disk?socket=/run/a.sock",
-            Some(("/run/a.sock", "vm.disk")),
-        );
-        check("nbd+unix://?socket=/run/a.sock", Some(("/run/a.sock", "")));
-        check(
-            "nbd+unix:///a%2fb?socket=/run/x%20y",
-            Some(("/run/x y", "a/b")),
-        );
-        check(
-            r#"json:{"driver":"nbd","export":"e","server":{"type":"unix","path":"/s"}}"#,
-            Some(("/s", "e")),
-        );
-        check(
-            r#"json:{"driver":"nbd","server.path":"/s","server.type":"unix"}"#,
-            Some(("/s", "")),
-        );
-        check("nbd://host:10809/e", None);
     }
 }

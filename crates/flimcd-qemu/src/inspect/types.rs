@@ -182,6 +182,12 @@ pub enum Problem {
     /// A job works on it.
     #[error("the job {0} works on a disk of this VM: wait for its end or cancel it")]
     Job(String),
+    /// An old QEMU with I/O threads.
+    #[error(
+        "QEMU {0} aborts when nodes are exchanged under a device with an I/O thread: use QEMU 9.0 or later, or start \
+         the VM without `iothread`"
+    )]
+    IoThreads(String),
     /// The image is damaged.
     #[error(
         "QEMU has marked the image as corrupt: repair it first (`qemu-img check -r all FILE` while the VM is off)"

@@ -217,13 +217,20 @@ async fn a_guest_that_was_paused_stays_so() {
     wait_for(&source, "copying memory", PATIENCE, wanted)
         .await
         .unwrap();
-    assert_eq!(cancel(&source).await.unwrap(), RunState::Paused);
+    let state = cancel(&source).await.unwrap();
+    // 7.2 forgets that it was paused and says that it was migrated, which is stopped too.
+    let old = !source.version().is_at_least(9, 0);
+    assert!(state == RunState::Paused || old && state == RunState::Postmigrate);
 }
 
+/// Until the source has seen that its stream is broken.
 async fn wait_error(qmp: &Qmp) {
-    while status(qmp).await.unwrap().error.is_none() {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    let seen = async {
+        while status(qmp).await.unwrap().error.is_none() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, seen).await.unwrap();
 }
 
 /// The target dies while the source waits: the source stays as it is, and is brought back.
