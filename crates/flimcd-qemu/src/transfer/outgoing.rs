@@ -19,14 +19,19 @@ use crate::{
 /// How long QEMU may take to give a migration up.
 const CANCEL_PATIENCE: Duration = Duration::from_secs(30);
 
+/// The least downtime limit that QEMU takes for one, and the most that it takes.
+const LEAST_DOWNTIME_MS: u64 = 1;
+const MOST_DOWNTIME_MS: u64 = 2_000_000;
+
 /// What a migration is told at its start.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OutgoingSettings {
     /// Where to: "unix:PATH" of the agent's socket.
     pub uri: String,
     /// Longest stop of the guest that QEMU aims at. It is a goal for memory alone: the disks' hand-over
-    /// comes on top.
-    pub downtime_limit_ms: u64,
+    /// comes on top. `None`: QEMU goes on sending until [`finish`], and stops the guest by itself only if
+    /// not one page was written during a pass.
+    pub downtime_limit_ms: Option<u64>,
     /// Most bytes per second, `None` for no limit: the link's pacing is the agent's.
     pub max_bandwidth_bytes_per_sec: Option<u64>,
     /// Whether memory may follow on demand after [`start_postcopy`].
@@ -58,10 +63,14 @@ pub async fn start_outgoing(qmp: &Qmp, settings: &OutgoingSettings) -> Result<()
     }
     set_capabilities(qmp, settings.postcopy).await?;
     let parameters = MigrateSetParameters {
-        downtime_limit: Some(settings.downtime_limit_ms),
+        downtime_limit: Some(settings.downtime_limit_ms.unwrap_or(LEAST_DOWNTIME_MS)),
         max_bandwidth: Some(settings.max_bandwidth_bytes_per_sec.unwrap_or(0)),
         max_postcopy_bandwidth: Some(settings.max_bandwidth_bytes_per_sec.unwrap_or(0)),
-        avail_switchover_bandwidth: None,
+        // QEMU looks for pages that were written since only when less is left than fits the limit, so zero would
+        // not do; with this it is less than a page.
+        avail_switchover_bandwidth: (settings.downtime_limit_ms.is_none()
+            && qmp.version().is_at_least(8, 2))
+        .then_some(1_000_000),
     };
     let set = qmp.execute(parameters).await;
     set.map_err(doing("setting the migration's limits"))?;
@@ -69,6 +78,21 @@ pub async fn start_outgoing(qmp: &Qmp, settings: &OutgoingSettings) -> Result<()
     let started = qmp.execute(Migrate { uri }).await;
     started.map_err(doing("starting the migration"))?;
     Ok(())
+}
+
+/// Has QEMU finish as soon as possible, whatever is left: for a guest that was stopped.
+///
+/// # Errors
+/// When QEMU refuses.
+pub async fn finish(qmp: &Qmp) -> Result<(), TransferError> {
+    let parameters = MigrateSetParameters {
+        downtime_limit: Some(MOST_DOWNTIME_MS),
+        max_bandwidth: None,
+        max_postcopy_bandwidth: None,
+        avail_switchover_bandwidth: None,
+    };
+    let done = qmp.execute(parameters).await;
+    done.map(|_| ()).map_err(doing("finishing the migration"))
 }
 
 /// Lets memory follow on demand: the guest stops as soon as may be, and goes on at the target.

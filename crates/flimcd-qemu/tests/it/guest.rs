@@ -201,7 +201,7 @@ async fn a_guest_at_work_moves_to_another_qemu() {
         seconds(&qemu, 2).await;
         let settings = OutgoingSettings {
             uri,
-            downtime_limit_ms: 300,
+            downtime_limit_ms: Some(300),
             max_bandwidth_bytes_per_sec: None,
             postcopy,
         };

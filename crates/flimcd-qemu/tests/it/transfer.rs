@@ -43,7 +43,7 @@ async fn at_switchover(postcopy: bool) -> Pair {
         .unwrap();
     let settings = OutgoingSettings {
         uri,
-        downtime_limit_ms: 300,
+        downtime_limit_ms: Some(300),
         max_bandwidth_bytes_per_sec: None,
         postcopy,
     };
@@ -208,7 +208,7 @@ async fn a_guest_that_was_paused_stays_so() {
         .unwrap();
     let settings = OutgoingSettings {
         uri,
-        downtime_limit_ms: 300,
+        downtime_limit_ms: Some(300),
         max_bandwidth_bytes_per_sec: Some(1 << 30),
         postcopy: false,
     };
@@ -323,7 +323,7 @@ async fn a_migration_to_nowhere() {
     let qmp = vm.connect().await;
     let settings = OutgoingSettings {
         uri: format!("unix:{}", dir.path().join("nobody").display()),
-        downtime_limit_ms: 300,
+        downtime_limit_ms: Some(300),
         max_bandwidth_bytes_per_sec: None,
         postcopy: false,
     };
