@@ -165,20 +165,7 @@ impl Qemu {
     /// What the guest printed that says that something is wrong.
     #[must_use]
     pub fn complaints(&self) -> Vec<String> {
-        let text = self.serial();
-        let bad = |line: &&str| {
-            [
-                "BAD ",
-                "Kernel panic",
-                "I/O error",
-                "EXT4-fs error",
-                "Oops",
-                "BUG:",
-            ]
-            .iter()
-            .any(|word| line.contains(word))
-        };
-        text.lines().filter(bad).map(str::to_owned).collect()
+        complaints_in(&self.serial())
     }
 
     /// Waits until the guest has booted and its load has run for a second.
@@ -301,6 +288,21 @@ impl Drop for Qemu {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+/// Lines of a serial console that say that something is wrong with the guest.
+#[must_use]
+pub fn complaints_in(serial: &str) -> Vec<String> {
+    let words = [
+        "BAD ",
+        "Kernel panic",
+        "I/O error",
+        "EXT4-fs error",
+        "Oops",
+        "BUG:",
+    ];
+    let bad = |line: &&str| words.iter().any(|word| line.contains(word));
+    serial.lines().filter(bad).map(str::to_owned).collect()
 }
 
 /// Sends a command and reads lines until the last one of the answer.
