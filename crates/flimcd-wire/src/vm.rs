@@ -75,7 +75,8 @@ pub enum VmMessage {
         #[serde(skip)]
         payload: Bytes,
     },
-    /// All parts below `next` were given to the hypervisor. Sent by both sides after each link-up, too.
+    /// All parts below `next` were given to the hypervisor; the end counts as the part after the last. Sent by both
+    /// sides after each link-up, too; one for a stream that is not known yet opens it.
     PartAck {
         /// Which attempt.
         attempt: u32,

@@ -378,9 +378,10 @@ impl Pipe {
 async fn ready(pipes: &[Pipe]) {
     std::future::poll_fn(|cx| {
         // All of them, so that each knows whom to wake.
-        let is_ready = pipes.iter().fold(false, |is_ready, pipe| {
-            pipe.poll_ready(cx).is_ready() || is_ready
-        });
+        let mut is_ready = false;
+        for pipe in pipes {
+            is_ready |= pipe.poll_ready(cx).is_ready();
+        }
         if is_ready {
             Poll::Ready(())
         } else {
