@@ -153,17 +153,17 @@ impl Agent {
         for disk in &record.disks {
             hosted.push(self.import_disk(disk, tenant).await?);
         }
-        for at in 0..record.disks.len() {
+        for (at, hosted) in hosted.iter().enumerate() {
             let disk = &mut record.disks[at];
             let begin = Instant::now();
-            let adopted = flimcd_qemu::adopt(qmp, &disk.found, &export_of(&hosted[at])).await;
+            let adopted = flimcd_qemu::adopt(qmp, &disk.found, &export_of(hosted)).await;
             disk.adopted = Some(adopted.map_err(|error| care_error(&error))?);
             tracing::info!(
                 vm = %record.name, disk = %disk.found.id, volume = %disk.volume,
                 ms = u64::try_from(begin.elapsed().as_millis()).unwrap_or(u64::MAX), "disk taken over"
             );
             self.save_vm(record).await?;
-            lock_image(&hosted[at]).await?;
+            lock_image(hosted).await?;
         }
         Ok(())
     }

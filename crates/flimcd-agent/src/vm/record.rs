@@ -303,11 +303,6 @@ impl Vms {
         }
     }
 
-    /// What is being done with a machine now.
-    pub(crate) fn work(&self, name: &VolumeName) -> Option<Work> {
-        self.known().work.get(name).copied()
-    }
-
     /// What is in the way of a machine now.
     pub(crate) fn problem(&self, name: &VolumeName) -> Option<String> {
         self.known().problems.get(name).cloned()
