@@ -1,7 +1,8 @@
 //! The machine that the target's agent starts, from what its configuration says.
 
 use std::{
-    fs, io,
+    fs,
+    io::{self, Write as _},
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
     thread,
@@ -19,6 +20,21 @@ pub struct Arriving {
     spec: QemuSpec,
     qemu: PathBuf,
     disks: usize,
+}
+
+impl Drop for Arriving {
+    /// Ends the machine, which is no child of ours.
+    fn drop(&mut self) {
+        let quit = || -> io::Result<()> {
+            let mut monitor = UnixStream::connect(self.spec.lab_qmp())?;
+            monitor.write_all(b"{\"execute\":\"qmp_capabilities\"}\n{\"execute\":\"quit\"}\n")?;
+            monitor.set_read_timeout(Some(Duration::from_secs(5)))?;
+            // Until it hangs up.
+            io::copy(&mut monitor, &mut io::sink()).map(drop)
+        };
+        // It may have ended already.
+        let _ = quit();
+    }
 }
 
 impl Arriving {

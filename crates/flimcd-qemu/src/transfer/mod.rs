@@ -57,7 +57,8 @@ mod status;
 
 pub use incoming::{IncomingSettings, listen_incoming};
 pub use outgoing::{
-    OutgoingSettings, cancel, continue_switchover, finish, resume_guest, start_outgoing, start_postcopy,
+    OutgoingSettings, cancel, continue_switchover, finish, resume_guest, start_outgoing,
+    start_postcopy,
 };
 pub use rescue::rescue_guest;
 pub use status::{

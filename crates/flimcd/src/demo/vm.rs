@@ -3,7 +3,7 @@
 use std::{fs, process::ExitCode};
 
 use anyhow::Context as _;
-use flimcd_agent::api::{MoveVm, RamMode, Strategy, VmMoveStatus, VmPhase};
+use flimcd_agent::api::{MoveVm, RamMode, Strategy, VmMoveStatus};
 use flimcd_lab::vm::{
     GuestImage, GuestSpec, Layout, LoadSettings, Requirements, Stage, StageOptions,
 };
@@ -12,7 +12,9 @@ use super::DemoArgs;
 use crate::{
     commands::vm::move_summary,
     format,
-    progress::{Progress, Shown as _},
+    outcome::interrupted,
+    progress::Progress,
+    signals::Signals,
     vm_stage::{MoveOptions, Moved, TO, Two},
 };
 
@@ -22,6 +24,12 @@ const SETTLE_S: usize = 3;
 
 pub(super) fn run(args: &DemoArgs) -> anyhow::Result<ExitCode> {
     let tools = Requirements::check()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("the runtime cannot be started")?;
+    // Watched before anything exists that would have to be removed.
+    let mut signals = runtime.block_on(async { Signals::new() })?;
     let dir = super::world::make_dir(args)?;
     eprintln!("making a guest and two sites, {} between them", args.link);
     let spec = GuestSpec {
@@ -42,10 +50,6 @@ pub(super) fn run(args: &DemoArgs) -> anyhow::Result<ExitCode> {
     };
     let stage = Stage::start(&tools, dir.path(), &image, &options)?;
     let two = Two::start(&stage, dir.path())?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("the runtime cannot be started")?;
     let request = MoveVm {
         to: TO.parse()?,
         downtime_ms: None,
@@ -60,17 +64,22 @@ pub(super) fn run(args: &DemoArgs) -> anyhow::Result<ExitCode> {
         library: Vec::new(),
     };
     let mut progress = Progress::new("guest");
-    let mut phase = VmPhase::Disks;
-    let show = |status: &VmMoveStatus| {
-        if status.phase != phase {
-            phase = status.phase;
-            progress.say(&format!("guest: {}", status.line()));
+    let moved = runtime.block_on(async {
+        let go = two.go(&stage, &options, |status: &VmMoveStatus| {
+            progress.show(status)
+        });
+        tokio::select! {
+            moved = go => moved.map(Some),
+            name = signals.recv() => {
+                eprintln!("{name}: ending the guest, the agents and the sites");
+                Ok(None)
+            }
         }
-        progress.show(status);
-    };
-    let moved = runtime.block_on(two.go(&stage, &options, show));
+    });
     drop(progress);
-    let moved = moved?;
+    let Some(moved) = moved? else {
+        return Ok(interrupted());
+    };
     print(&moved);
     two.check_disks(&stage)?;
     println!("  disks     file system checked after switching the guest off: clean");

@@ -12,8 +12,8 @@ use flimcd_agent::api::{AdoptVm, Client, MoveVm, RamMode, Strategy, VmMoveStatus
 use flimcd_core::VolumeName;
 use flimcd_lab::{
     vm::{
-        Agents, Arriving, ExtraDisk, GuestImage, GuestSpec, Layout, LoadSettings, Requirements, Stage,
-        StageOptions,
+        Agents, Arriving, ExtraDisk, GuestImage, GuestSpec, Layout, LoadSettings, Requirements,
+        Stage, StageOptions,
     },
     wan::Side,
 };
@@ -54,7 +54,10 @@ impl World {
             eprintln!("SKIPPED: moves of machines: network namespaces need root");
             return None;
         }
-        let dir = tempfile::Builder::new().prefix("flimcd-vm-").tempdir().unwrap();
+        let dir = tempfile::Builder::new()
+            .prefix("flimcd-vm-")
+            .tempdir()
+            .unwrap();
         let extra = ExtraDisk {
             disk_bytes: 64 << 20,
             load_bytes: 8 << 20,
@@ -174,8 +177,14 @@ impl World {
     /// The guest is at the target and nowhere else, whole.
     fn check_moved(self) {
         self.check_guest();
-        assert!(!self.arriving.load_lines().is_empty(), "the guest does not run at the target");
-        assert!(!self.stage.source.is_running(), "the source's machine is still there");
+        assert!(
+            !self.arriving.load_lines().is_empty(),
+            "the guest does not run at the target"
+        );
+        assert!(
+            !self.stage.source.is_running(),
+            "the source's machine is still there"
+        );
         // The machine ends in the middle of its answer.
         let _ = self.stage.sites.ask_guest("poweroff");
         self.arriving.wait_gone().unwrap();
@@ -187,7 +196,10 @@ impl World {
     /// The guest is at the source, whole, and nothing of it runs at the target.
     fn check_stayed(&self) {
         self.check_guest();
-        assert!(self.arriving.load_lines().is_empty(), "the guest has run at the target");
+        assert!(
+            self.arriving.load_lines().is_empty(),
+            "the guest has run at the target"
+        );
         assert!(self.stage.source.is_running());
     }
 }
@@ -205,13 +217,20 @@ fn two_disks_and_memory_move_under_load_and_are_released() {
     assert_eq!(status.phase, VmPhase::Completed, "{status:#?}");
     let disks = status.disks.as_ref().unwrap();
     assert_eq!(disks.volumes.len(), 2);
-    assert!(status.ram_bytes_sent < status.ram_bytes_read, "memory is packed");
+    assert!(
+        status.ram_bytes_sent < status.ram_bytes_read,
+        "memory is packed"
+    );
     assert!(status.downtime_ms.is_some());
     // Given back as plain files, with the agent out of the way.
     let target = Client::new(world.agents.at(Side::B).api_socket());
     let start = Instant::now();
     while !world.runtime.block_on(target.vms()).unwrap().is_empty() {
-        assert!(start.elapsed() < PATIENCE, "{}", world.agents.at(Side::B).log());
+        assert!(
+            start.elapsed() < PATIENCE,
+            "{}",
+            world.agents.at(Side::B).log()
+        );
         std::thread::sleep(POLL);
     }
     assert!(world.runtime.block_on(target.volumes()).unwrap().is_empty());
@@ -257,7 +276,9 @@ fn a_target_machine_that_dies_before_the_switch_costs_nothing() {
 /// Ends the target's machine behind its agent's back.
 fn quit(world: &World) {
     world.runtime.block_on(async {
-        let qmp = flimcd_qemu::Qmp::connect(&world.arriving.lab_qmp()).await.unwrap();
+        let qmp = flimcd_qemu::Qmp::connect(&world.arriving.lab_qmp())
+            .await
+            .unwrap();
         // It hangs up instead of answering, or does both.
         let _ = qmp.execute(flimcd_qemu::commands::Quit {}).await;
     });
@@ -279,7 +300,10 @@ fn a_link_that_breaks_in_either_phase_only_delays() {
     let status = world.wait("the switch", |status| {
         status.switched_unix_ms.is_some() || status.phase.has_ended()
     });
-    assert_eq!(status.attempt, 1, "memory was sent again from its beginning: {status:#?}");
+    assert_eq!(
+        status.attempt, 1,
+        "memory was sent again from its beginning: {status:#?}"
+    );
     cut();
     let status = world.wait_end();
     assert_eq!(status.phase, VmPhase::Completed, "{status:#?}");

@@ -4,16 +4,13 @@ use flimcd_core::{MigrationId, VolumeName};
 use flimcd_migrate::vm::{DisksCommand, Transfer, TransferState, VmSourceAction};
 use flimcd_qemu::{
     Qmp, QmpError,
-    commands::{MigrateSetParameters, Quit, RunState, Stop},
+    commands::{Quit, RunState, Stop},
     transfer::{self, OutgoingSettings},
 };
 use std::sync::Arc;
 use tokio::sync::mpsc;
 
 use crate::{agent::Agent, vm::ram::socket_path};
-
-/// A downtime limit that every rest fits in, in milliseconds: the most that QEMU takes.
-const ANY_DOWNTIME_MS: u64 = 2_000_000;
 
 /// What the steps of a source need.
 pub(super) struct SourceSteps {
@@ -58,22 +55,14 @@ impl SourceSteps {
                 let settings = OutgoingSettings {
                     uri: format!("unix:{}", socket.display()),
                     // Never by itself: the guest is stopped by us.
-                    downtime_limit_ms: 0,
+                    downtime_limit_ms: None,
                     max_bandwidth_bytes_per_sec: None,
                     postcopy: *postcopy,
                 };
                 text(transfer::start_outgoing(&qmp, &settings).await)
             }
             VmSourceAction::Stop => stop(&qmp).await,
-            VmSourceAction::Finish => {
-                let parameters = MigrateSetParameters {
-                    downtime_limit: Some(ANY_DOWNTIME_MS),
-                    max_bandwidth: None,
-                    max_postcopy_bandwidth: None,
-                    avail_switchover_bandwidth: None,
-                };
-                text(qmp.execute(parameters).await).map(drop)
-            }
+            VmSourceAction::Finish => text(transfer::finish(&qmp).await),
             VmSourceAction::Continue => text(transfer::continue_switchover(&qmp).await),
             VmSourceAction::StartPostcopy => text(transfer::start_postcopy(&qmp).await),
             VmSourceAction::EndTransfer => end_transfer(&qmp).await,

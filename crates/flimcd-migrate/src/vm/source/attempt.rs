@@ -120,12 +120,17 @@ impl VmSource {
             ..
         } = self.transfer;
         // The first look comes before the first pass; each further one begins with what was written in the last.
+        let budget_s = self.config.downtime_max.as_secs_f64() * RAM_SHARE;
+        // A guest that writes nothing at all: what the first pass has not sent yet is all there is.
+        if self.is_idle && seconds(left, rate) <= budget_s {
+            return self.switch(VmSourceAction::Finish);
+        }
         if syncs <= self.attempt.syncs || syncs < 2 {
             return;
         }
         self.attempt.syncs = syncs;
         let before = self.attempt.left_bytes.replace(left);
-        if seconds(left, rate) <= self.config.downtime_max.as_secs_f64() * RAM_SHARE {
+        if seconds(left, rate) <= budget_s {
             return self.switch(VmSourceAction::Finish);
         }
         let is_stubborn = before.is_some_and(|before| left_of(left, before) > CONVERGING);
@@ -179,6 +184,7 @@ impl VmSource {
     /// stream broke now: undo that, and stop it ourselves after the first pass.
     pub(super) fn stopped_by_itself(&mut self) {
         self.note("the hypervisor stopped the guest by itself; sending memory again");
+        self.is_idle = true;
         self.set_phase(VmSourcePhase::Ram);
         self.lose_attempt();
     }

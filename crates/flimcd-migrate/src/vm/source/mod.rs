@@ -40,6 +40,8 @@ pub struct VmSource {
     /// Why the move ends; `None` for a cancellation.
     error: Option<WireError>,
     transfer: Transfer,
+    /// The guest did not write to its memory during a whole pass.
+    is_idle: bool,
     quit_asked: bool,
     messages: VecDeque<VmMessage>,
     actions: VecDeque<VmSourceAction>,
@@ -61,6 +63,7 @@ impl VmSource {
             disks_end: None,
             error: None,
             transfer: Transfer::default(),
+            is_idle: false,
             quit_asked: false,
             messages: VecDeque::new(),
             actions: VecDeque::new(),
