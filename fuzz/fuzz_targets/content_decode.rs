@@ -13,14 +13,20 @@ fuzz_target!(|input: (u8, u16, u16, u32, &[u8])| {
     };
     let range = BlockRange::new(u64::from(start), u64::from(start) + u64::from(len));
     let payload_len = u32::try_from(payload.len()).expect("the fuzzer's inputs are small");
-    let content = match kind % 3 {
+    let content = match kind % 4 {
+        3 => Content::Same,
         0 => Content::Zero,
         1 => Content::Raw { len: payload_len },
         _ => Content::Zstd { len: payload_len },
     };
     let entry = Entry { range, content };
     let mut decoder = Decoder::new();
-    if let Ok(Decoded::Bytes(bytes)) = decoder.decode(&entry, payload, size) {
-        assert_eq!(bytes.len() as u64, range.bytes(size).len());
+    match decoder.decode(&entry, payload, size) {
+        Ok(Decoded::Bytes(bytes)) => assert_eq!(bytes.len() as u64, range.bytes(size).len()),
+        Ok(Decoded::Same(fingerprints)) => {
+            let blocks: u64 = fingerprints.chunks().map(|(chunk, _)| chunk.len()).sum();
+            assert_eq!(blocks, range.len());
+        }
+        Ok(Decoded::Zeroes) | Err(_) => {}
     }
 });

@@ -1,11 +1,14 @@
 //! Packs the content of a run of blocks as entries of a message, and unpacks it.
 //!
 //! Zero blocks cost an entry and no payload. What is left is compressed with zstd run by run, and sent
-//! raw where that saves less than a sixteenth.
+//! raw where that saves less than a sixteenth. A whole chunk that the target's seed has at the same place is
+//! sent as its fingerprint.
 
 use bytes::Bytes;
-use flimcd_core::{BLOCK_SIZE, BlockRange, VolumeSize};
-use flimcd_wire::{Content, Entry};
+use flimcd_core::{BLOCKS_PER_CHUNK, BlockRange, VolumeSize};
+use flimcd_wire::{ChunkPrefix, Content, Entry};
+
+use crate::{Fingerprint, Fingerprints, zero_runs};
 
 /// How content is compressed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,37 +60,48 @@ impl Encoder {
 
     /// Packs `content`, the bytes of `range`; the last block may be short.
     pub fn encode(&mut self, range: BlockRange, content: &[u8]) -> Encoded {
-        let block_bytes = usize::try_from(BLOCK_SIZE).expect("4096");
-        debug_assert_eq!(content.len().div_ceil(block_bytes) as u64, range.len());
         let mut entries = Vec::new();
         let mut payload = Vec::with_capacity(content.len() / 2);
-        let mut blocks = content.chunks(block_bytes).zip(range.start..).peekable();
-        while let Some((bytes, start)) = blocks.next() {
-            let zero = is_zero(bytes);
-            let mut end = start + 1;
-            while blocks
-                .next_if(|(bytes, _)| is_zero(bytes) == zero)
-                .is_some()
-            {
-                end += 1;
-            }
-            let run = BlockRange::new(start, end);
-            let content = if zero {
-                Content::Zero
-            } else {
-                let from = usize::try_from(start - range.start).expect("small") * block_bytes;
-                let to = usize::try_from(end - range.start).expect("small") * block_bytes;
-                self.pack(&content[from..to.min(content.len())], &mut payload)
+        for (range, bytes) in zero_runs(range, content) {
+            let content = match bytes {
+                None => Content::Zero,
+                Some(bytes) => self.pack(bytes, &mut payload),
             };
-            entries.push(Entry {
-                range: run,
-                content,
-            });
+            entries.push(Entry { range, content });
         }
         Encoded {
             entries,
             payload: payload.into(),
         }
+    }
+
+    /// As [`encode`](Self::encode), for a whole chunk of which the target's seed has one that begins with `same` at the same
+    /// place: if it may be that one, its fingerprint is all that is sent.
+    ///
+    /// # Panics
+    /// When `range` is not a chunk.
+    pub fn encode_chunk(
+        &mut self,
+        range: BlockRange,
+        content: &[u8],
+        same: ChunkPrefix,
+    ) -> Encoded {
+        assert!(
+            range.len() == BLOCKS_PER_CHUNK && range.start % BLOCKS_PER_CHUNK == 0,
+            "{range:?} is not a chunk"
+        );
+        // Nothing is shorter than zeroes, and to look for them is faster than to hash.
+        if !is_zero(content) {
+            let fingerprint = Fingerprint::of(content);
+            if fingerprint.prefix() == same {
+                let content = Content::Same;
+                return Encoded {
+                    entries: vec![Entry { range, content }],
+                    payload: Bytes::copy_from_slice(fingerprint.as_bytes()),
+                };
+            }
+        }
+        self.encode(range, content)
     }
 
     fn pack(&mut self, run: &[u8], payload: &mut Vec<u8>) -> Content {
@@ -139,6 +153,8 @@ pub enum Decoded<'a> {
     Zeroes,
     /// These bytes, as many as the run has in the volume.
     Bytes(&'a [u8]),
+    /// What the seed has there, if its chunks have these fingerprints.
+    Same(Fingerprints<'a>),
 }
 
 /// Unpacks entries. Keeps its buffer between calls; one per thread.
@@ -188,6 +204,10 @@ impl Decoder {
         match entry.content {
             Content::Zero => Ok(Decoded::Zeroes),
             Content::Raw { .. } if payload.len() as u64 == len => Ok(Decoded::Bytes(payload)),
+            Content::Same if entry.is_whole_chunks() => {
+                let fingerprints = Fingerprints::new(range, payload);
+                fingerprints.map(Decoded::Same).ok_or(wrong)
+            }
             Content::Zstd { .. } if range.len() <= flimcd_core::limits::MAX_BLOCKS_PER_MESSAGE => {
                 let len = usize::try_from(len).map_err(|_| wrong)?;
                 self.scratch.resize(len, 0);
@@ -207,6 +227,7 @@ impl Decoder {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use flimcd_core::BLOCK_SIZE;
     use proptest::prelude::*;
 
     fn content(kinds: &[u8], last_len: usize) -> Vec<u8> {
@@ -249,6 +270,7 @@ mod tests {
                         back.resize(back.len() + len, 0);
                     }
                     Decoded::Bytes(bytes) => back.extend_from_slice(bytes),
+                    Decoded::Same(_) => unreachable!("there is no seed"),
                 }
             }
             prop_assert_eq!(at, range.end);
@@ -280,6 +302,32 @@ mod tests {
     }
 
     #[test]
+    fn a_chunk_that_the_seed_has_is_sent_as_its_fingerprint() {
+        let range = BlockRange::new(16, 32);
+        let size = VolumeSize::new(32 * BLOCK_SIZE).unwrap();
+        let bytes = content(&[2; 16], 4096);
+        let same = Fingerprint::of(&bytes).prefix();
+        let mut encoder = Encoder::new(Compression::DEFAULT);
+        let encoded = encoder.encode_chunk(range, &bytes, same);
+        assert_eq!(encoded.payload.len(), 32);
+        let mut decoder = Decoder::new();
+        let decoded = decoder.decode(&encoded.entries[0], &encoded.payload, size);
+        let Ok(Decoded::Same(fingerprints)) = decoded else {
+            panic!("{decoded:?}");
+        };
+        let chunks: Vec<_> = fingerprints.chunks().collect();
+        assert_eq!(chunks, [(range, Fingerprint::of(&bytes))]);
+
+        let other = content(&[1; 16], 4096);
+        let packed = encoder.encode(range, &other);
+        assert_eq!(encoder.encode_chunk(range, &other, same), packed);
+        let zeroes = vec![0; 65536];
+        let same = Fingerprint::of(&zeroes).prefix();
+        let packed = encoder.encode_chunk(range, &zeroes, same);
+        assert_eq!(packed.entries[0].content, Content::Zero, "shorter still");
+    }
+
+    #[test]
     fn lies_about_payloads_are_refused() {
         let size = VolumeSize::new(10 * BLOCK_SIZE).unwrap();
         let packed = zstd::bulk::compress(&[7; 8192], 1).unwrap();
@@ -302,5 +350,6 @@ mod tests {
         check((0, 3), Content::Zstd { len: 0 }, &packed);
         check((0, 2), Content::Zstd { len: 0 }, b"not zstd");
         check((0, 2), Content::Invalid, &packed);
+        check((0, 2), Content::Same, &[1; 32]);
     }
 }

@@ -20,3 +20,5 @@ pub const MAX_VOLUMES_PER_MIGRATION: usize = 32;
 pub const MAX_VM_DESCRIPTION_BYTES: usize = 64 * 1024;
 /// Longest packed part of a machine's running state.
 pub const MAX_VM_PART_BYTES: usize = 256 * 1024;
+/// Most chunks in the sample by which a target recognises an image.
+pub const MAX_SAMPLE_CHUNKS: usize = 256;

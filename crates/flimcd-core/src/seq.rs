@@ -55,6 +55,22 @@ impl SeqSet {
         }
     }
 
+    /// Removes `seq`; false when it was not there.
+    pub fn remove(&mut self, seq: Seq) -> bool {
+        let run = self
+            .runs
+            .range(..=seq.0)
+            .next_back()
+            .map(|(&start, &end)| (start, end));
+        let Some((start, end)) = run.filter(|(_, end)| seq.0 < *end) else {
+            return false;
+        };
+        self.runs.remove(&start);
+        self.insert_run(start, seq.0);
+        self.insert_run(seq.0 + 1, end);
+        true
+    }
+
     /// Removes every number below `floor`.
     pub fn remove_below(&mut self, floor: Seq) {
         let above = self.runs.split_off(&floor.0);
@@ -115,7 +131,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn behaves_as_a_set(ops in prop::collection::vec((0u8..3, 0u64..60, 0u64..10), 0..60)) {
+        fn behaves_as_a_set(ops in prop::collection::vec((0u8..4, 0u64..60, 0u64..10), 0..60)) {
             let (mut got, mut want) = (SeqSet::new(), BTreeSet::new());
             for (op, start, len) in ops {
                 match op {
@@ -124,6 +140,7 @@ mod tests {
                         got.insert_run(start, start + len);
                         want.extend(start..start + len);
                     }
+                    2 => prop_assert_eq!(got.remove(Seq(start)), want.remove(&start)),
                     _ => {
                         got.remove_below(Seq(start));
                         want.retain(|&s| s >= start);

@@ -25,6 +25,7 @@
 mod frame;
 mod hello;
 mod message;
+mod seed;
 mod set;
 mod vm;
 
@@ -37,5 +38,6 @@ pub use message::{
     Accept, Blocks, Class, Content, Entry, ErrorCode, Message, Open, SourceStage, TargetReport,
     TargetStage, VolumeOffer, WireError,
 };
+pub use seed::{ChunkPrefix, SampleChunk, SeedId, SeedOffer, SeedPart, SeedTable};
 pub use set::{Runs, SeqRuns, SetPart, split_set};
 pub use vm::{VmMessage, VmOpen, VmStage};

@@ -4,10 +4,14 @@
 //! there is no order. Each message states what it may meet.
 
 use bytes::Bytes;
-use flimcd_core::{BlockRange, Epoch, MigrationId, Seq, VolumeId, VolumeName, VolumeSize, limits};
+use flimcd_core::{
+    BLOCKS_PER_CHUNK, BlockRange, Epoch, MigrationId, Seq, VolumeId, VolumeName, VolumeSize, limits,
+};
 use serde::{Deserialize, Serialize};
 
-use crate::{DecodeError, Runs, SeqRuns, SetPart, VmMessage};
+use crate::{
+    DecodeError, Runs, SampleChunk, SeedId, SeedOffer, SeedPart, SeqRuns, SetPart, VmMessage,
+};
 
 /// Priority of a message on the link, most urgent first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -93,6 +97,14 @@ pub enum Message {
         payload: Bytes,
     },
 
+    /// After `Open`: what the source would like to find in an image at the target. Answered with `SeedOffer`.
+    SeedAsk {
+        /// Chunks drawn at random, at most [`limits::MAX_SAMPLE_CHUNKS`].
+        sample: Vec<SampleChunk>,
+        /// The seed whose whole table the source has.
+        have: Option<SeedId>,
+    },
+
     // Target to source.
     /// Answer to `Open`.
     Accept(Accept),
@@ -137,6 +149,18 @@ pub enum Message {
         number: u64,
         /// At most [`limits::MAX_BLOCKS_PER_MESSAGE`] blocks.
         range: BlockRange,
+    },
+
+    /// Answer to `SeedAsk`: the image that `Content::Same` is about from now on, if there is one.
+    SeedOffer(Option<SeedOffer>),
+    /// A part of the table of the seed that was offered. Parts come in any order.
+    SeedPart(SeedPart),
+    /// The seed does not hold what a message says it does. The message counts as not arrived.
+    Lacking {
+        /// Its number.
+        seq: Seq,
+        /// A guest waits for some of its blocks.
+        is_waited_for: bool,
     },
 
     // Both ways.
@@ -251,16 +275,33 @@ pub enum Content {
         /// Bytes of payload.
         len: u32,
     },
+    /// Whole chunks that the target's seed has at the same place. The payload is the fingerprint of each, which what the
+    /// target reads there must have.
+    Same,
 }
 
-impl Content {
+/// Bytes of a whole fingerprint.
+const FINGERPRINT_BYTES: usize = 32;
+
+impl Entry {
     /// Bytes of payload.
     #[must_use]
-    pub const fn payload_len(self) -> usize {
-        match self {
-            Self::Invalid | Self::Zero => 0,
-            Self::Raw { len } | Self::Zstd { len } => len as usize,
+    pub fn payload_len(self) -> usize {
+        match self.content {
+            Content::Invalid | Content::Zero => 0,
+            Content::Raw { len } | Content::Zstd { len } => len as usize,
+            // Longer runs are refused before this matters.
+            Content::Same => usize::try_from(self.range.len() / BLOCKS_PER_CHUNK)
+                .map_or(usize::MAX, |chunks| {
+                    chunks.saturating_mul(FINGERPRINT_BYTES)
+                }),
         }
+    }
+
+    /// Whether it begins and ends where chunks do.
+    #[must_use]
+    pub const fn is_whole_chunks(self) -> bool {
+        self.range.start % BLOCKS_PER_CHUNK == 0 && self.range.end % BLOCKS_PER_CHUNK == 0
     }
 }
 
@@ -331,6 +372,7 @@ impl Message {
         match self {
             Self::Blocks(blocks) => blocks.payload.clone(),
             Self::Peeked { payload, .. } => payload.clone(),
+            Self::SeedPart(part) => part.payload.clone(),
             Self::Vm(message) => message.payload(),
             _ => Bytes::new(),
         }
@@ -341,6 +383,7 @@ impl Message {
         match self {
             Self::Blocks(blocks) => blocks.payload = rest,
             Self::Peeked { payload, .. } => *payload = rest,
+            Self::SeedPart(part) => part.payload = rest,
             Self::Vm(message) => return message.set_payload(rest),
             _ => return rest.is_empty(),
         }
@@ -362,6 +405,9 @@ impl Message {
             Self::Peek { range, .. } => {
                 range.start < range.end && range.end - range.start <= limits::MAX_BLOCKS_PER_MESSAGE
             }
+            Self::SeedAsk { sample, .. } => sample.len() <= limits::MAX_SAMPLE_CHUNKS,
+            Self::SeedOffer(Some(offer)) => offer.name.len() <= limits::MAX_TEXT_BYTES,
+            Self::SeedPart(part) => part.is_sound(),
             Self::Vm(message) => return message.validate(),
             _ => true,
         };
@@ -383,7 +429,7 @@ impl Blocks {
                 return malformed("block ranges are empty, overlap or descend");
             }
             at = end;
-            payload += entry.content.payload_len();
+            payload = payload.saturating_add(entry.payload_len());
             let raw_max = (end - start).saturating_mul(flimcd_core::BLOCK_SIZE);
             match entry.content {
                 Content::Invalid => return malformed("block content of no kind"),
@@ -391,7 +437,12 @@ impl Blocks {
                 Content::Raw { len } if u64::from(len) > raw_max => {
                     return malformed("more payload than the blocks have bytes");
                 }
-                Content::Raw { .. } | Content::Zstd { .. } => with_content += end - start,
+                Content::Same if !entry.is_whole_chunks() => {
+                    return malformed("parts of chunks are not the same as anything");
+                }
+                Content::Raw { .. } | Content::Zstd { .. } | Content::Same => {
+                    with_content += end - start;
+                }
             }
         }
         if with_content > limits::MAX_BLOCKS_PER_MESSAGE {
@@ -412,7 +463,7 @@ impl Blocks {
     pub fn parts(&self) -> impl Iterator<Item = (Entry, Bytes)> + '_ {
         let mut at = 0;
         self.entries.iter().map(move |&entry| {
-            let end = at + entry.content.payload_len();
+            let end = at + entry.payload_len();
             let part = self.payload.slice(at..end);
             at = end;
             (entry, part)
