@@ -43,12 +43,12 @@ use std::time::Duration;
 
 pub use estimate::LinkEstimate;
 pub use source::{
-    SourceAction, SourceConfig, SourceEvent, SourceMachine, SourcePhase, SourceProgress,
-    SourceRecord, SourceStart, Switchover,
+    ContentCount, SourceAction, SourceConfig, SourceEvent, SourceMachine, SourcePhase,
+    SourceProgress, SourceRecord, SourceStart, Switchover,
 };
 pub use target::{
-    ApplyId, SyncId, TargetAction, TargetConfig, TargetEvent, TargetMachine, TargetPhase,
-    TargetStart,
+    ApplyId, SeedChoice, SyncId, TargetAction, TargetConfig, TargetEvent, TargetMachine,
+    TargetPhase, TargetStart,
 };
 
 /// Time after which a write weighs half in the heat of its chunk.

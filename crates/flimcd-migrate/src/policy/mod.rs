@@ -60,6 +60,11 @@ pub trait Policy: Send {
         true
     }
 
+    /// Whether what the target's library has at the same place need not be sent.
+    fn uses_library(&self) -> bool {
+        true
+    }
+
     /// Whether blocks may be missing at the target after the switch. Without, the source sends everything
     /// while the guest is stopped.
     fn allows_postcopy(&self) -> bool {

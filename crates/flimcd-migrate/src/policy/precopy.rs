@@ -43,6 +43,10 @@ impl Policy for PreCopy {
         self.compress
     }
 
+    fn uses_library(&self) -> bool {
+        false
+    }
+
     fn allows_postcopy(&self) -> bool {
         false
     }

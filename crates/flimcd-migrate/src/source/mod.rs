@@ -17,11 +17,15 @@
 //!   stopped for the switch runs again only then: otherwise a crash would bring the offer back, and with it
 //!   a target that takes over without what the guest wrote since.
 //!
+//! With a sample of the volume's chunks ([`SourceMachine::set_sample`]) the machine asks what the target has at the same place;
+//! see `seeding`.
+//!
 //! A link that breaks changes no phase. After `handle_link_up` the machine sends `Open` and nothing else until
 //! the target's `Accept` says what it has.
 
 mod flights;
 mod handover;
+mod seeding;
 mod send;
 mod types;
 
@@ -29,16 +33,19 @@ use std::{collections::VecDeque, time::Duration};
 
 use bytes::Bytes;
 use flimcd_core::{BlockIndex, BlockSet, Epoch, Heat, Seq, Time};
-use flimcd_wire::{Accept, Blocks, Class, Entry, ErrorCode, Message, Open, SourceStage, WireError};
+use flimcd_wire::{
+    Accept, Blocks, Class, Entry, ErrorCode, Message, Open, SampleChunk, SourceStage, WireError,
+};
 
 use crate::{
     DiskError, HEAT_HALF_LIFE, LinkEstimate,
     policy::{Policy, View},
 };
 use flights::Flights;
+use seeding::Seeding;
 pub use types::{
-    SourceAction, SourceConfig, SourceEvent, SourcePhase, SourceProgress, SourceRecord,
-    SourceStart, Switchover,
+    ContentCount, SourceAction, SourceConfig, SourceEvent, SourcePhase, SourceProgress,
+    SourceRecord, SourceStart, Switchover,
 };
 
 /// How often the policy is asked whether to switch while nothing else happens.
@@ -54,6 +61,7 @@ pub struct SourceMachine {
     /// Lacking at the target, not in flight. Together with `flights` all that is left to send.
     pending: BlockSet,
     flights: Flights,
+    seeding: Seeding,
     write_heat: Heat,
     heat_since: Time,
     link: LinkState,
@@ -121,6 +129,7 @@ impl SourceMachine {
             phase: SourcePhase::Connecting,
             pending,
             flights: Flights::new(blocks),
+            seeding: Seeding::new(),
             write_heat: Heat::new(config.size, HEAT_HALF_LIFE, now),
             heat_since: now,
             link: LinkState::Down,
@@ -148,6 +157,14 @@ impl SourceMachine {
         machine
     }
 
+    /// Chunks of the volume, drawn at random among those with data, by which the target recognises an image that has
+    /// much of it at the same place. To be called before the first link-up, if at all; a policy that sends everything does not ask.
+    pub fn set_sample(&mut self, sample: Vec<SampleChunk>) {
+        if self.policy.uses_library() {
+            self.seeding.set_sample(sample);
+        }
+    }
+
     /// The epoch that the target is to own.
     fn offered_epoch(&self) -> Epoch {
         self.config.epoch.next()
@@ -172,7 +189,9 @@ impl SourceMachine {
     /// Bytes of memory of all its sets.
     #[must_use]
     pub fn memory_bytes(&self) -> usize {
-        self.pending.memory_bytes() + self.flights.blocks().memory_bytes()
+        self.pending.memory_bytes()
+            + self.flights.blocks().memory_bytes()
+            + self.seeding.memory_bytes()
     }
 
     /// Lets the policy look at the machine.
@@ -228,6 +247,9 @@ impl SourceMachine {
                 oldest_unacked: self.flights.oldest_unacked(),
                 stage,
             }));
+            if !matches!(self.phase, SourcePhase::Retiring | SourcePhase::Completed) {
+                self.control.extend(self.seeding.ask(now));
+            }
         }
         self.advance(now);
     }
@@ -249,6 +271,18 @@ impl SourceMachine {
             Message::SwitchDone { epoch } => self.handle_switch_done(now, epoch),
             Message::SwitchRefused { epoch } => self.handle_switch_refused(epoch),
             Message::Complete => self.handle_complete(now),
+            Message::SeedOffer(offer) => {
+                let chunks = self.config.size.chunks();
+                if let Some(name) = self.seeding.offered(now, offer, chunks) {
+                    self.events.push_back(SourceEvent::Seed(name));
+                }
+            }
+            Message::SeedPart(part) => {
+                if !self.seeding.part(now, &part) {
+                    self.protocol_error("a part of a table that is larger than the volume");
+                }
+            }
+            Message::Lacking { seq, is_waited_for } => self.handle_lacking(seq, is_waited_for),
             Message::Report(report) => self.progress.target = report,
             Message::Failed(error) => self.handle_failed(error),
             other => self.protocol_error(&format!("{} is not for a source", name_of(&other))),
@@ -356,8 +390,10 @@ impl SourceMachine {
         if self.link != LinkState::Accepted {
             return None;
         }
+        let holds = self.seeding.holds();
         [Class::Fault, Class::Bulk]
             .into_iter()
+            .filter(|&class| class == Class::Fault || !holds)
             .filter(|&class| has_room(class))
             .find_map(|class| {
                 self.next_content(class)
@@ -380,6 +416,9 @@ impl SourceMachine {
 
     /// Does what has become possible. Called at the end of every input.
     fn advance(&mut self, now: Time) {
+        if self.link == LinkState::Accepted && self.seeding.expire(now) {
+            self.note("the target did not say in time what its library has; everything is sent");
+        }
         self.schedule(now);
         match self.phase {
             SourcePhase::PreCopy => self.consider_switch(now),
@@ -395,6 +434,7 @@ impl SourceMachine {
             return self.protocol_error("an Accept that nobody asked for");
         }
         self.link = LinkState::Accepted;
+        self.seeding.accepted(now);
         let restarted = self
             .target_incarnation
             .is_some_and(|known| known != accept.incarnation);

@@ -3,7 +3,10 @@
 use flimcd_core::{BlockIndex, BlockRange, Seq, SeqSet, Time, limits};
 use flimcd_wire::{Blocks, Class, ErrorCode, Message, WireError};
 
-use super::{Cancel, LinkState, RETRY, SourceAction, SourceMachine, SourcePhase, flights::Stage};
+use super::{
+    Cancel, LinkState, RETRY, SourceAction, SourceMachine, SourcePhase, flights::Stage,
+    seeding::Verdict,
+};
 use crate::DiskError;
 
 /// Blocks that are read ahead of the link: 2 MiB. Enough to keep a disk busy, and little enough for what
@@ -22,6 +25,7 @@ impl SourceMachine {
         let may_read = self.read_retry.is_none_or(|at| at <= now);
         while may_read
             && self.link == LinkState::Accepted
+            && !self.seeding.holds()
             && self.flights.prepared_blocks() < PREPARED_BLOCKS_MAX
             && self.flights.sent_blocks() < SENT_BLOCKS_MAX
         {
@@ -47,11 +51,11 @@ impl SourceMachine {
     fn start_read(&mut self, range: BlockRange, urgent: bool) {
         self.pending.remove_range(range);
         let seq = self.flights.start(range, urgent);
-        let compress = self.policy.compress();
         self.actions.push_back(SourceAction::Read {
             seq,
             range,
-            compress,
+            compress: self.policy.compress(),
+            same: self.seeding.same(range),
         });
     }
 
@@ -103,6 +107,9 @@ impl SourceMachine {
             let count: u64 = blocks.ranges().map(BlockRange::len).sum();
             let bytes = (blocks.payload.len() + 24 + 8 * blocks.entries.len()) as u64;
             self.progress.blocks_sent += count;
+            for entry in &blocks.entries {
+                self.progress.content.count(*entry);
+            }
             self.progress.content_bytes_sent += bytes;
             #[expect(clippy::cast_precision_loss, reason = "an estimate")]
             let weight = (count as f64 * COST_WEIGHT).min(1.0);
@@ -140,6 +147,37 @@ impl SourceMachine {
                 for piece in by_chunk(range) {
                     self.start_read(piece, true);
                 }
+            }
+        }
+    }
+
+    /// The target's seed does not hold what a message says: its blocks have to be sent in full.
+    pub(super) fn handle_lacking(&mut self, seq: Seq, is_waited_for: bool) {
+        let sent = self
+            .flights
+            .get_mut(seq)
+            .filter(|flight| flight.stage == Stage::Sent)
+            .map(|flight| flight.range);
+        let Some(range) = sent else { return };
+        match self.seeding.lacks(range) {
+            Verdict::First => self.note(
+                "the image in the target's library does not hold what its table says; what differs is sent",
+            ),
+            Verdict::Again => {}
+            Verdict::TooMany => {
+                self.note("the image in the target's library is another one now; everything is sent");
+            }
+        }
+        self.flights.abandon(seq, &mut self.pending);
+        // A demand for these blocks may have come while they seemed to be on their way.
+        let is_urgent = match self.phase {
+            SourcePhase::PostCopy => is_waited_for || !self.seeding.is_in_doubt(),
+            SourcePhase::Switching => is_waited_for,
+            _ => false,
+        };
+        if is_urgent {
+            for piece in by_chunk(range) {
+                self.start_read(piece, true);
             }
         }
     }

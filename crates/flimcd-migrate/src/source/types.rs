@@ -1,7 +1,7 @@
 //! What goes into a source machine and what comes out of it.
 
 use flimcd_core::{BlockRange, BlockSet, Epoch, MigrationId, Seq, VolumeSize};
-use flimcd_wire::{SourceStage, TargetReport, VolumeOffer, WireError};
+use flimcd_wire::{ChunkPrefix, Content, Entry, SourceStage, TargetReport, VolumeOffer, WireError};
 
 /// What a migration is about.
 pub struct SourceConfig {
@@ -61,6 +61,9 @@ pub enum SourceAction {
         range: BlockRange,
         /// Whether to compress.
         compress: bool,
+        /// The range is a chunk, and the target's seed has one there whose fingerprint begins so. If that is what was
+        /// read, it is packed as [`Content::Same`].
+        same: Option<ChunkPrefix>,
     },
     /// The target has these for good: clear them in the volume's record of unacknowledged blocks, except
     /// those that are marked dirty. Done before the next action and before dirty marks are drained again.
@@ -95,6 +98,8 @@ pub enum SourceEvent {
     Cancelled,
     /// Ended before the switch, by an error. The guest is still served here.
     Failed(WireError),
+    /// The target has an image of this name that has some of the volume at the same place.
+    Seed(String),
     /// Something a person should know; the migration goes on.
     Note(String),
 }
@@ -142,6 +147,38 @@ pub enum Switchover {
     Now,
 }
 
+/// How content has travelled. Blocks that were sent several times count each time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ContentCount {
+    /// Blocks of zeroes.
+    pub zero_blocks: u64,
+    /// Blocks that the target's seed has at the same place.
+    pub same_blocks: u64,
+    /// Blocks that were compressed.
+    pub zstd_blocks: u64,
+    /// And what they came to.
+    pub zstd_bytes: u64,
+    /// Blocks as they are.
+    pub raw_blocks: u64,
+}
+
+impl ContentCount {
+    /// Counts an entry of a message.
+    pub fn count(&mut self, entry: Entry) {
+        let blocks = entry.range.len();
+        match entry.content {
+            Content::Invalid => {}
+            Content::Zero => self.zero_blocks += blocks,
+            Content::Same => self.same_blocks += blocks,
+            Content::Zstd { len } => {
+                self.zstd_blocks += blocks;
+                self.zstd_bytes += u64::from(len);
+            }
+            Content::Raw { .. } => self.raw_blocks += blocks,
+        }
+    }
+}
+
 /// How far it is.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct SourceProgress {
@@ -153,6 +190,8 @@ pub struct SourceProgress {
     pub blocks_sent: u64,
     /// Bytes of messages with content that were handed to the link, without the link's own overhead.
     pub content_bytes_sent: u64,
+    /// How content was handed to the link.
+    pub content: ContentCount,
     /// Bytes a block costs on average, for estimates.
     pub bytes_per_block: f64,
     /// The policy would switch now.

@@ -161,6 +161,15 @@ impl Arrivals {
         self.applying.remove(&id);
     }
 
+    /// What a message says cannot be made here: it counts as not arrived. Returns its number and its blocks.
+    pub(super) fn lacking(&mut self, id: ApplyId) -> Option<(Seq, Vec<BlockRange>)> {
+        let blocks = self.applying.remove(&id)?;
+        // Neither an Accept nor the switch may count on it any more.
+        self.received.remove(blocks.seq);
+        self.latest.remove(&blocks.seq);
+        Some((blocks.seq, blocks.ranges().collect()))
+    }
+
     pub(super) fn retry_later(&mut self, id: ApplyId) {
         self.retries.extend(self.applying.remove(&id));
     }

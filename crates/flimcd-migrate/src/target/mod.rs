@@ -17,6 +17,7 @@
 
 mod arrivals;
 mod handover;
+mod seeding;
 mod types;
 
 use std::{collections::VecDeque, time::Duration};
@@ -30,8 +31,9 @@ use flimcd_wire::{
 use crate::DiskError;
 use arrivals::Arrivals;
 use handover::Offer;
+use seeding::Seeding;
 pub use types::{
-    ApplyId, SyncId, TargetAction, TargetConfig, TargetEvent, TargetPhase, TargetStart,
+    ApplyId, SeedChoice, SyncId, TargetAction, TargetConfig, TargetEvent, TargetPhase, TargetStart,
 };
 
 /// Content that is written is made durable at least this often.
@@ -62,6 +64,7 @@ pub struct TargetMachine {
     /// Content that came while the volume was being taken over.
     held: Vec<Blocks>,
     offer: Option<Offer>,
+    seeding: Seeding,
     vm_is_ready: bool,
     /// The source was restarted; it is answered when nothing of its last run is being written.
     waiting_open: Option<Open>,
@@ -93,6 +96,7 @@ impl TargetMachine {
             arrivals: Arrivals::default(),
             held: Vec::new(),
             offer: None,
+            seeding: Seeding::default(),
             vm_is_ready: false,
             waiting_open: None,
             demanded: BlockSet::new(config.size.blocks()),
@@ -168,6 +172,7 @@ impl TargetMachine {
         self.link_up = true;
         self.accepted = false;
         self.control.clear();
+        self.seeding.reset();
         self.demands.clear();
         self.demanded.clear();
         if self.phase == TargetPhase::Incoming {
@@ -181,6 +186,7 @@ impl TargetMachine {
         self.accepted = false;
         self.waiting_open = None;
         self.control.clear();
+        self.seeding.reset();
         self.demands.clear();
         if self.phase == TargetPhase::Incoming {
             self.offer = None;
@@ -193,6 +199,8 @@ impl TargetMachine {
             Message::Open(open) => self.handle_open(open),
             Message::Cancel => self.handle_cancelled(),
             Message::Finished => self.handle_finished(),
+            // Follows an Open that may not be answered yet.
+            Message::SeedAsk { sample, have } => self.handle_ask(sample, have),
             _ if !self.accepted => self.protocol_error("a message before Open"),
             Message::Blocks(blocks) => self.handle_blocks(now, blocks),
             Message::MissingPart { epoch, part, set } => self.handle_part(epoch, part, &set),
@@ -232,6 +240,28 @@ impl TargetMachine {
                 self.fail_disk("write", &error);
             }
         }
+        self.advance(now);
+    }
+
+    /// Answer to [`TargetAction::Apply`]: the seed does not hold what the message says. The source is asked for all of
+    /// its blocks again, in full.
+    pub fn handle_lacking(&mut self, now: Time, id: ApplyId) {
+        if let Some((seq, ranges)) = self.arrivals.lacking(id) {
+            let is_waited_for = ranges.iter().any(|range| self.demanded.intersects(*range));
+            // The offer was made as if they had arrived.
+            if let Some(offer) = self.offer.as_mut().filter(|offer| offer.whole) {
+                for range in ranges {
+                    offer.missing.insert_range(range);
+                }
+            }
+            self.tell_source(Message::Lacking { seq, is_waited_for });
+        }
+        self.advance(now);
+    }
+
+    /// Answer to [`TargetAction::ChooseSeed`]: what was chosen, if anything.
+    pub fn handle_seed(&mut self, now: Time, choice: Option<SeedChoice>) {
+        self.answer_ask(choice);
         self.advance(now);
     }
 
@@ -411,7 +441,7 @@ impl TargetMachine {
             ));
         }
         if !has_room(Class::Control) {
-            return None;
+            return self.next_part(has_room);
         }
         // What is durable must be acknowledged first, and `Accept` comes before everything.
         if self.accepted
@@ -425,7 +455,16 @@ impl TargetMachine {
                 },
             ));
         }
-        Some((Class::Control, self.control.pop_front()?))
+        match self.control.pop_front() {
+            Some(message) => Some((Class::Control, message)),
+            None => self.next_part(has_room),
+        }
+    }
+
+    /// What is least urgent of all.
+    fn next_part(&mut self, has_room: &dyn Fn(Class) -> bool) -> Option<(Class, Message)> {
+        let part = has_room(Class::Bulk).then(|| self.seeding.next_part());
+        part.flatten().map(|part| (Class::Bulk, part))
     }
 
     /// The next thing to tell.

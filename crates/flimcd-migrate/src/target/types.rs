@@ -1,7 +1,8 @@
 //! What goes into a target machine and what comes out of it.
 
 use flimcd_core::{BlockSet, Epoch, MigrationId, VolumeSize};
-use flimcd_wire::{Blocks, TargetStage, WireError};
+use flimcd_wire::{Blocks, SampleChunk, SeedId, SeedTable, TargetStage, WireError};
+use std::sync::Arc;
 
 /// What a migration is about.
 #[derive(Clone, Copy, Debug)]
@@ -44,7 +45,8 @@ pub struct SyncId(pub u64);
 /// What the driver must do.
 #[derive(Clone, Debug, PartialEq)]
 pub enum TargetAction {
-    /// Write this content (`Volume::apply` for each entry) and answer with `handle_applied`.
+    /// Write this content (`Volume::apply` for each entry) and answer with `handle_applied`; or with `handle_lacking`, if
+    /// the seed does not hold what an entry says (nothing of that chunk is written then).
     Apply {
         /// Number of the request.
         id: ApplyId,
@@ -81,10 +83,27 @@ pub enum TargetAction {
         /// The epoch owned.
         epoch: Epoch,
     },
+    /// Choose the image that has most of these chunks at the same place, among those that the volume may share content
+    /// with, and answer with `handle_seed`. The one that was chosen before by this driver stays chosen, if it can still be read.
+    ChooseSeed {
+        /// Chunks of the layout.
+        sample: Vec<SampleChunk>,
+    },
     /// The migration ended before the switch: leave a durable note that it is over here, so that a
     /// source that asks after a restart can be refused, then remove what arrived. Writes that were begun
     /// are waited for.
     Discard,
+}
+
+/// An image, or one for each of several volumes, that the target can read chunks from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SeedChoice {
+    /// Names its content.
+    pub id: SeedId,
+    /// How people call it.
+    pub name: String,
+    /// What it has where, over the migration's layout.
+    pub table: Arc<SeedTable>,
 }
 
 /// What the driver may want to tell somebody.

@@ -4,5 +4,6 @@ mod crashes;
 mod handover;
 mod links;
 mod pair;
+mod seeds;
 mod strategies;
 mod vm;

@@ -8,16 +8,17 @@ use std::{
 
 use bytes::Bytes;
 use flimcd_core::{
-    BLOCK_SIZE, BlockIndex, BlockRange, BlockSet, Epoch, MigrationId, Seq, SeqSet, Time, VolumeId,
-    VolumeSize,
+    BLOCK_SIZE, BlockIndex, BlockRange, BlockSet, ChunkIndex, Epoch, MigrationId, Seq, SeqSet,
+    Time, VolumeId, VolumeSize,
 };
 use flimcd_migrate::{
-    DiskError, LinkEstimate, SourceAction, SourceConfig, SourceEvent, SourceMachine, SourcePhase,
-    SourceRecord, SourceStart, Switchover, TargetAction, TargetConfig, TargetEvent, TargetMachine,
-    TargetPhase, TargetStart, policy,
+    DiskError, LinkEstimate, SeedChoice, SourceAction, SourceConfig, SourceEvent, SourceMachine,
+    SourcePhase, SourceRecord, SourceStart, Switchover, TargetAction, TargetConfig, TargetEvent,
+    TargetMachine, TargetPhase, TargetStart, policy,
 };
 use flimcd_wire::{
-    Blocks, Class, Content, Entry, Message, SourceStage, TargetStage, VolumeOffer,
+    Blocks, ChunkPrefix, Class, Content, Entry, Message, SampleChunk, SeedId, SeedTable,
+    SourceStage, TargetStage, VolumeOffer,
 };
 
 /// Blocks of the volume.
@@ -60,6 +61,15 @@ pub(crate) struct Pair {
     waiting: Vec<BlockRange>,
     /// The target's disk fails when it should take the volume over.
     pub(crate) take_over_fails: bool,
+
+    /// An image at the target: what its table says, and what is really there.
+    pub(crate) seed: Option<(Vec<u64>, Vec<u64>)>,
+
+    /// The target does not say what it has.
+    pub(crate) is_silent: bool,
+    /// The target's disk does nothing for now.
+    pub(crate) is_slow: bool,
+    waiting_applies: Vec<TargetAction>,
 
     /// Everything that went to the link with content.
     pub(crate) sent: Vec<(Class, Blocks)>,
@@ -145,6 +155,10 @@ impl Pair {
             discarded: false,
             waiting: Vec::new(),
             take_over_fails: false,
+            seed: None,
+            is_silent: false,
+            is_slow: false,
+            waiting_applies: Vec::new(),
             sent: Vec::new(),
             delivered: 0,
             known: BTreeMap::new(),
@@ -152,6 +166,22 @@ impl Pair {
             source_events: Vec::new(),
             target_events: Vec::new(),
         }
+    }
+
+    /// The same, with an image at the target, as its table has it and as it is.
+    pub(crate) fn with_seed(strategy: &'static str, table: Vec<u64>, is: Vec<u64>) -> Self {
+        let mut pair = Self::new(strategy);
+        pair.seed = Some((table, is));
+        pair.set_sample();
+        pair
+    }
+
+    fn set_sample(&mut self) {
+        let sample = (0..BLOCKS / 16).map(|chunk| SampleChunk {
+            chunk: ChunkIndex(chunk),
+            prefix: ChunkPrefix::of(&fingerprint(&self.image, chunk)),
+        });
+        self.source.set_sample(sample.collect());
     }
 
     /// The same, under way: the link is up and the switch is granted.
@@ -228,6 +258,9 @@ impl Pair {
             unacked: self.unacked.clone(),
         };
         self.source = source(self.strategy, self.incarnation, start, self.now);
+        if self.seed.is_some() {
+            self.set_sample();
+        }
         self.source
             .handle_switchover(self.now, Switchover::WhenReady);
     }
@@ -307,6 +340,12 @@ impl Pair {
             while let Some(action) = self.target.poll_action() {
                 calm = false;
                 self.target_action(action);
+            }
+            if !self.is_slow {
+                for action in std::mem::take(&mut self.waiting_applies) {
+                    calm = false;
+                    self.target_action(action);
+                }
             }
             self.source_events
                 .extend(std::iter::from_fn(|| self.source.poll_event()));
@@ -407,8 +446,19 @@ impl Pair {
 
     fn source_action(&mut self, action: SourceAction) {
         match action {
-            SourceAction::Read { seq, range, .. } => {
+            SourceAction::Read {
+                seq, range, same, ..
+            } => {
                 self.dirty.remove_range(range);
+                let print = fingerprint(&self.image, range.start / 16);
+                if same == Some(ChunkPrefix::of(&print)) {
+                    let content = Content::Same;
+                    let read = (
+                        vec![Entry { range, content }],
+                        Bytes::copy_from_slice(&print),
+                    );
+                    return self.source.handle_read(self.now, seq, Ok(read));
+                }
                 let values = range
                     .iter()
                     .map(|b| self.image[usize::try_from(b.0).unwrap()]);
@@ -446,8 +496,20 @@ impl Pair {
 
     fn target_action(&mut self, action: TargetAction) {
         match action {
+            TargetAction::Apply { .. } if self.is_slow => self.waiting_applies.push(action),
             TargetAction::Apply { id, blocks } => {
-                for (block, value) in content(&blocks) {
+                let mut values = content(&blocks);
+                for (entry, payload) in blocks.parts() {
+                    if entry.content == Content::Same {
+                        let is = &self.seed.as_ref().expect("nothing else is the same").1;
+                        if fingerprint(is, entry.range.start / 16)[..] != payload[..] {
+                            return self.target.handle_lacking(self.now, id);
+                        }
+                        let value = |b: BlockIndex| (b.0, is[usize::try_from(b.0).unwrap()]);
+                        values.extend(entry.range.iter().map(value));
+                    }
+                }
+                for (block, value) in values {
                     if self.owner.is_none() || self.missing.remove(BlockIndex(block)) {
                         self.arrived[usize::try_from(block).unwrap()] = value;
                     }
@@ -491,6 +553,23 @@ impl Pair {
                 self.complete = true;
                 self.target.handle_completed(self.now, Ok(()));
             }
+            TargetAction::ChooseSeed { .. } if self.is_silent => {}
+            TargetAction::ChooseSeed { sample } => {
+                let choice = self.seed.as_ref().map(|(says, _)| {
+                    let mut table = SeedTable::new(BLOCKS / 16);
+                    for chunk in 0..BLOCKS / 16 {
+                        let prefix = ChunkPrefix::of(&fingerprint(says, chunk));
+                        table.set(ChunkIndex(chunk), Some(prefix));
+                    }
+                    assert_eq!(sample.len() as u64, BLOCKS / 16);
+                    SeedChoice {
+                        id: SeedId([1; 16]),
+                        name: "base".to_owned(),
+                        table: table.into(),
+                    }
+                });
+                self.target.handle_seed(self.now, choice);
+            }
             TargetAction::Discard => self.discarded = true,
         }
     }
@@ -512,10 +591,24 @@ fn take(lanes: &mut BTreeMap<Class, Lane>, now: Time) -> Option<Message> {
     lane.pop_front().map(|(_, message)| message)
 }
 
-/// The blocks of a message and what they hold.
+/// A fingerprint that is good enough for numbers.
+fn fingerprint(image: &[u64], chunk: u64) -> [u8; 32] {
+    let first = usize::try_from(chunk * 16).unwrap();
+    let sum = image[first..first + 16]
+        .iter()
+        .fold(chunk + 1, |sum, value| {
+            sum.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(*value)
+        });
+    let mut bytes = [7; 32];
+    bytes[..8].copy_from_slice(&sum.rotate_left(17).to_le_bytes());
+    bytes
+}
+
+/// The blocks of a message and what they hold, where it says so itself.
 pub(crate) fn content(blocks: &Blocks) -> Vec<(u64, u64)> {
     blocks
         .parts()
+        .filter(|(entry, _)| entry.content != Content::Same)
         .flat_map(|(entry, payload)| {
             let (words, _) = payload.as_chunks::<8>();
             let values: Vec<u64> = words.iter().map(|word| u64::from_le_bytes(*word)).collect();
