@@ -113,6 +113,7 @@ impl Agent {
                 let begun = TargetBegin {
                     config: target_config(&record, &volumes),
                     start: TargetStart::Fresh,
+                    library: self.library.clone(),
                 };
                 run_target(self, volumes, link.clone(), record, begin, inbox, begun).await;
             }

@@ -19,7 +19,7 @@ use std::{
 use tokio::{
     net::UnixListener,
     signal::unix::{SignalKind, signal},
-    sync::watch,
+    sync::{Semaphore, watch},
     task::JoinHandle,
 };
 
@@ -29,6 +29,7 @@ use crate::{
     dirs::{self, ApiSocket, StateLock},
     error::StartError,
     hosting::{Hosting, ImageLocks},
+    library::Library,
     links::PeerLink,
     migration::{hooks::Sessions, progress::unix_ms, settle::settle_all, store::Store},
     registry::Registry,
@@ -50,6 +51,9 @@ pub(crate) struct Agent {
     pub(crate) moves: Moves,
     pub(crate) moves_store: SessionStore,
     pub(crate) registry: Registry,
+    pub(crate) library: Arc<Library>,
+    /// Whose turn it is to read an image of the library.
+    pub(crate) scan_turn: Semaphore,
     /// Those who move machines, and wait for what happens to their disks.
     pub(crate) sessions: Arc<Sessions>,
     endpoint: Endpoint,
@@ -201,6 +205,12 @@ pub async fn start(config: Config) -> Result<RunningAgent, StartError> {
         .await;
         opened.map_err(|panic| unusable(std::io::Error::other(panic)))??
     };
+    let images = config.state_dir.join("library");
+    let library = Library::open(images.clone()).map_err(|source| StartError::Directory {
+        what: "state_dir",
+        path: images,
+        source,
+    })?;
     let listen = match &config.listen {
         Some(address) => Some(endpoint.listen(address).await?),
         None => None,
@@ -217,6 +227,8 @@ pub async fn start(config: Config) -> Result<RunningAgent, StartError> {
         moves: Moves::default(),
         moves_store,
         registry: Registry::default(),
+        library: Arc::new(library),
+        scan_turn: Semaphore::new(1),
         sessions: Arc::default(),
         endpoint,
         dialled: Mutex::default(),
@@ -228,6 +240,7 @@ pub async fn start(config: Config) -> Result<RunningAgent, StartError> {
     agent.resume(records).await;
     agent.resume_vms();
     agent.resume_moves(moves).await;
+    agent.resume_scans();
     let routers = agent
         .links
         .values()

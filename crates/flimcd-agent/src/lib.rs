@@ -10,7 +10,7 @@
 //!   guests ── NBD ── Volume ◄───┴── migration: one driver task per migration
 //! ```
 //! - `hosting` owns the volumes and their exports, `registry` knows which migrations run,
-//!   `migration` drives them, `admission` decides what a peer may begin here.
+//!   `migration` drives them, `library` has the images that arriving volumes are compared with, `admission` decides what a peer may begin here.
 //! - Who owns a volume is in the volume's durable record; which migrations there are is in
 //!   `migration::store`. Everything else is made anew from these two when an agent starts, so stopping it
 //!   gently and killing it differ only in how long guests wait.
@@ -23,6 +23,7 @@ pub mod config;
 mod dirs;
 mod error;
 mod hosting;
+mod library;
 mod links;
 mod migration;
 mod ops;

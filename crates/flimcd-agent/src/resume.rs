@@ -152,6 +152,7 @@ impl Agent {
                         refused: record.refused,
                         missing_blocks: volumes.missing_count(),
                     },
+                    library: self.library.clone(),
                 };
                 let inbox = link.register(record.id);
                 let agent = self.clone();

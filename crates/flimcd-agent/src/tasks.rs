@@ -1,5 +1,6 @@
 //! The tasks around drivers: how a migration begins, goes on after a restart, and ends.
 
+use flimcd_core::BlockSet;
 use flimcd_migrate::{SourceConfig, SourceMachine, SourceStart, policy::Policy};
 use flimcd_wire::{Message, SourceStage, VolumeOffer};
 use std::{io, sync::Arc};
@@ -7,7 +8,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::{
     agent::Agent,
-    api::{MigrateRequest, MigrationStatus, Phase},
+    api::{MigrationStatus, Phase},
     links::{Inbox, PeerLink},
     migration::{
         Command, Outcome, Setup, SourceDriver, choose_policy, hooks::DisksHook, progress::unix_ms,
@@ -58,10 +59,20 @@ async fn run_source(
     };
     let prepared = {
         let (volumes, record) = (volumes.clone(), record.clone());
-        tokio::task::spawn_blocking(move || prepare(&volumes, &record, is_fresh)).await
+        let asks = policy.uses_library();
+        let prepare = move || {
+            let (start, data) = prepare(&volumes, &record, is_fresh)?;
+            let sample = if asks {
+                volumes.sample(&data)
+            } else {
+                Vec::new()
+            };
+            Ok((start, sample))
+        };
+        tokio::task::spawn_blocking(prepare).await
     };
-    let start = match prepared.unwrap_or_else(|panic| Err(io::Error::other(panic))) {
-        Ok(start) => start,
+    let (start, sample) = match prepared.unwrap_or_else(|panic| Err(io::Error::other(panic))) {
+        Ok(prepared) => prepared,
         Err(error) if is_fresh => {
             stop_tracking(&volumes);
             let why = format!("finding the data of the volume failed: {error}");
@@ -87,8 +98,12 @@ async fn run_source(
     let hook = begin.hook.clone();
     let inbox = link.register(id);
     let setup = setup(&agent, &volumes, &link, inbox, record.clone(), begin);
-    let ended = match SourceDriver::new(setup, |now| SourceMachine::new(config, policy, start, now))
-    {
+    let make = |now| {
+        let mut machine = SourceMachine::new(config, policy, start, now);
+        machine.set_sample(sample);
+        machine
+    };
+    let ended = match SourceDriver::new(setup, make) {
         Ok(driver) => driver.run().await,
         Err(error) => {
             stop_tracking(&volumes);
@@ -165,21 +180,22 @@ pub(crate) fn setup(
     }
 }
 
-/// Begins to track the guest's writes, and finds out what the target lacks.
+/// Begins to track the guest's writes, and finds out what the target lacks; that a second time to be looked at.
 fn prepare(
     volumes: &VolumeSet,
     record: &MigrationRecord,
     is_fresh: bool,
-) -> io::Result<SourceStart> {
+) -> io::Result<(SourceStart, BlockSet)> {
     if is_fresh {
         let data = volumes.start_tracking_fresh()?;
-        return Ok(SourceStart::Fresh { data });
+        return Ok((SourceStart::Fresh { data: data.clone() }, data));
     }
     let offered = record.epoch.next();
     let stage = settle::source_stage(record.id, offered, &volumes.ownerships());
     let stage = stage.ok_or_else(|| io::Error::other(CONTRADICTION))?;
     let unacked = volumes.unacked(stage == SourceStage::Owner)?;
-    Ok(SourceStart::Resume { stage, unacked })
+    let data = unacked.clone();
+    Ok((SourceStart::Resume { stage, unacked }, data))
 }
 
 /// Volumes of one migration whose records cannot have been written by it.
@@ -194,10 +210,8 @@ pub(crate) fn stop_tracking(volumes: &VolumeSet) {
 }
 
 fn policy_of(record: &MigrationRecord) -> Option<Box<dyn Policy>> {
-    let MigrateRequest {
-        strategy, compress, ..
-    } = record.request.as_ref()?;
-    choose_policy(*strategy, *compress)
+    let request = record.request.as_ref()?;
+    choose_policy(request.strategy, request.compress, request.library)
 }
 
 /// Takes note of what a driver came to.

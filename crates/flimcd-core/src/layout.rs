@@ -57,6 +57,15 @@ impl VolumeLayout {
         BlockRange::new(start, start + size.blocks())
     }
 
+    /// Size of a volume.
+    ///
+    /// # Panics
+    /// When there is no such volume.
+    #[must_use]
+    pub fn size_of(&self, volume: usize) -> VolumeSize {
+        self.places[volume].1
+    }
+
     /// Blocks of each volume, ascending.
     pub fn all_blocks(&self) -> impl Iterator<Item = BlockRange> + '_ {
         (0..self.places.len()).map(|volume| self.blocks_of(volume))

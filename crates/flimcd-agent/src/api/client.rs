@@ -16,7 +16,7 @@ use tokio::net::UnixStream;
 
 use super::{
     types::{
-        CreateVolume, ErrorBody, ExportInfo, ImportVolume, MigrateRequest, MigrateTogether,
+        AddLibraryImage, CreateVolume, ErrorBody, ExportInfo, ImportVolume, LibraryImage, MigrateRequest, MigrateTogether,
         MigrationStatus, RemovedVolume, Status, VolumeInfo,
     },
     vm::{AdoptVm, VmInfo},
@@ -285,6 +285,56 @@ impl Client {
     /// [`ClientError`], as for all calls.
     pub async fn cancel_vm_move(&self, name: &VolumeName) -> Result<VmMoveStatus, ClientError> {
         self.post(&format!("/v1/vms/{name}/cancel"), &()).await
+    }
+
+    /// All images of the library.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn library(&self) -> Result<Vec<LibraryImage>, ClientError> {
+        self.get("/v1/library").await
+    }
+
+    /// Takes an image into the library.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn add_library_image(
+        &self,
+        request: &AddLibraryImage,
+    ) -> Result<LibraryImage, ClientError> {
+        self.post("/v1/library", request).await
+    }
+
+    /// One image of the library.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn library_image(&self, name: &VolumeName) -> Result<LibraryImage, ClientError> {
+        self.get(&format!("/v1/library/{name}")).await
+    }
+
+    /// Gives an image up.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn remove_library_image(
+        &self,
+        name: &VolumeName,
+    ) -> Result<LibraryImage, ClientError> {
+        let path = format!("/v1/library/{name}");
+        self.call(Method::DELETE, &path, Bytes::new()).await
+    }
+
+    /// Reads an image again and makes its fingerprints anew.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn verify_library_image(
+        &self,
+        name: &VolumeName,
+    ) -> Result<LibraryImage, ClientError> {
+        self.post(&format!("/v1/library/{name}/verify"), &()).await
     }
 
     async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {

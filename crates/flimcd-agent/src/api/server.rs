@@ -18,7 +18,7 @@ use utoipa::OpenApi;
 
 use super::{
     types::{
-        ApiCode, CreateVolume, ErrorBody, ExportInfo, ImportVolume, MigrateRequest,
+        AddLibraryImage, ApiCode, CreateVolume, ErrorBody, ExportInfo, ImportVolume, LibraryImage, MigrateRequest,
         MigrateTogether, MigrationStatus, RemoveQuery, RemovedVolume, Status, VolumeInfo,
     },
     vm_server,
@@ -35,6 +35,7 @@ impl IntoResponse for ErrorBody {
             ApiCode::UnknownVolume
             | ApiCode::UnknownVm
             | ApiCode::UnknownMigration
+            | ApiCode::UnknownImage
             | ApiCode::UnknownSite
             | ApiCode::UnknownPath => StatusCode::NOT_FOUND,
             ApiCode::NotAllowed => StatusCode::FORBIDDEN,
@@ -82,7 +83,12 @@ pub fn openapi_json() -> String {
         vm_server::release_vm,
         vm_server::move_vm,
         vm_server::vm_move,
-        vm_server::cancel_vm_move
+        vm_server::cancel_vm_move,
+        library,
+        add_library_image,
+        library_image,
+        remove_library_image,
+        verify_library_image
     ),
     components(schemas(ErrorBody))
 )]
@@ -100,6 +106,12 @@ pub(crate) fn router(agent: Arc<Agent>) -> Router {
         .route("/v1/volumes/{name}/switchover", post(switchover))
         .route("/v1/volumes/{name}/cancel", post(cancel))
         .route("/v1/migrations", get(migrations).post(migrate_together))
+        .route("/v1/library", get(library).post(add_library_image))
+        .route(
+            "/v1/library/{name}",
+            get(library_image).delete(remove_library_image),
+        )
+        .route("/v1/library/{name}/verify", post(verify_library_image))
         .route("/v1/migrations/{id}", get(migration))
         .merge(vm_server::routes())
         .fallback(unknown_path)
@@ -298,4 +310,50 @@ async fn migrate_together(State(agent): App, bytes: Bytes) -> Answer<MigrationSt
 async fn migration(State(agent): App, Path(id): Path<String>) -> Answer<MigrationStatus> {
     let id: MigrationId = parse(&id)?;
     answer(agent.migration(id))
+}
+
+/// All images of the library.
+#[utoipa::path(get, path = "/v1/library", responses((status = 200, body = Vec<LibraryImage>)))]
+async fn library(State(agent): App) -> Answer<Vec<LibraryImage>> {
+    answer(agent.library_images().await)
+}
+
+/// Takes an image into the library.
+#[utoipa::path(
+    post, path = "/v1/library", request_body = AddLibraryImage,
+    responses(
+        (status = 200, body = LibraryImage), (status = 400, body = ErrorBody),
+        (status = 409, body = ErrorBody)
+    )
+)]
+async fn add_library_image(State(agent): App, bytes: Bytes) -> Answer<LibraryImage> {
+    let request = body::<AddLibraryImage>(&bytes)?;
+    answer(agent.add_library_image(request).await)
+}
+
+/// One image of the library.
+#[utoipa::path(
+    get, path = "/v1/library/{name}", params(("name" = String, Path)),
+    responses((status = 200, body = LibraryImage), (status = 404, body = ErrorBody))
+)]
+async fn library_image(State(agent): App, Path(name): Path<String>) -> Answer<LibraryImage> {
+    answer(agent.library_image(parse(&name)?).await)
+}
+
+/// Gives an image up. The file stays, unless it is the library's own copy.
+#[utoipa::path(
+    delete, path = "/v1/library/{name}", params(("name" = String, Path)),
+    responses((status = 200, body = LibraryImage), (status = 404, body = ErrorBody))
+)]
+async fn remove_library_image(State(agent): App, Path(name): Path<String>) -> Answer<LibraryImage> {
+    answer(agent.remove_library_image(parse(&name)?).await)
+}
+
+/// Reads an image again and makes its fingerprints anew.
+#[utoipa::path(
+    post, path = "/v1/library/{name}/verify", params(("name" = String, Path)),
+    responses((status = 200, body = LibraryImage), (status = 404, body = ErrorBody))
+)]
+async fn verify_library_image(State(agent): App, Path(name): Path<String>) -> Answer<LibraryImage> {
+    answer(agent.verify_library_image(parse(&name)?).await)
 }

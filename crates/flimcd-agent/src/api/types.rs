@@ -260,6 +260,10 @@ pub struct MigrateRequest {
     /// the others do).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub compress: Option<bool>,
+    /// Whether what an image of the target's library has at the same place need not be sent; the strategy's own
+    /// default if left out (`precopy` sends everything, the others do not).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub library: Option<bool>,
 }
 
 /// `POST /v1/migrations`: moves several volumes together, with one switch for all of them. Answered as
@@ -357,6 +361,12 @@ pub struct MigrationStatus {
     pub bytes_total: u64,
     /// Bytes of content that were sent (source) or received (target), compressed as they travelled.
     pub bytes_sent: u64,
+    /// How it travelled.
+    #[serde(default)]
+    pub content: ContentStats,
+    /// Image of the target's library that the volume is compared with.
+    #[serde(default)]
+    pub library_image: Option<String>,
     /// Bytes on the link's sockets, both ways and TLS included, since this migration began here.
     /// Other migrations to the same peer at the same time are in it.
     pub bytes_on_link: u64,
@@ -400,6 +410,100 @@ impl MigrationStatus {
     }
 }
 
+/// How content has travelled. Blocks have 4 KiB; what was sent several times counts each time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ContentStats {
+    /// Blocks of zeroes: no bytes.
+    pub zero_blocks: u64,
+    /// Blocks that the target has at the same place in an image of its library: 2 bytes each.
+    pub same_blocks: u64,
+    /// Blocks that were compressed.
+    pub compressed_blocks: u64,
+    /// What they came to.
+    pub compressed_bytes: u64,
+    /// Blocks that were sent as they are.
+    pub raw_blocks: u64,
+}
+
+/// `POST /v1/library`: takes an image into the library, where it lies. Answered at once; the image is usable when
+/// its state is `ready`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct AddLibraryImage {
+    /// Its name; made from the file's if left out.
+    #[schema(value_type = Option<String>)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<VolumeName>,
+    /// Absolute path of the raw image.
+    #[schema(value_type = String)]
+    pub path: PathBuf,
+    /// Whose volumes may share content with it; `default` if left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenant: Option<String>,
+    /// Volumes of all tenants may share content with it.
+    #[serde(default)]
+    pub public: bool,
+    /// The library makes a copy of its own.
+    #[serde(default)]
+    pub copy: bool,
+}
+
+/// An image of the library.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct LibraryImage {
+    /// Its name.
+    #[schema(value_type = String)]
+    pub name: VolumeName,
+    /// The file.
+    #[schema(value_type = String)]
+    pub path: PathBuf,
+    /// Whose volumes may share content with it; everybody's if there is none.
+    pub tenant: Option<String>,
+    /// The file is the library's own copy.
+    pub is_copy: bool,
+    /// Size of the image.
+    pub size_bytes: u64,
+    /// Bytes of it in chunks (64 KiB) that are not zero, once it was read.
+    pub data_bytes: Option<u64>,
+    /// Whether it can be used.
+    pub state: LibraryState,
+    /// How much of it has been read.
+    pub scanned_bytes: u64,
+    /// Root of its fingerprints: the same for the same content, none for zeroes.
+    pub root: Option<String>,
+    /// Why it is not used.
+    pub problem: Option<String>,
+    /// When it was added.
+    pub added_unix_ms: u64,
+    /// When its fingerprints were made.
+    pub scanned_unix_ms: Option<u64>,
+}
+
+/// Whether an image of the library can be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum LibraryState {
+    /// It is being read, or waits for that.
+    Scanning,
+    /// Volumes that arrive are compared with it.
+    Ready,
+    /// The file was changed or is gone; it is not used before it was verified.
+    Stale,
+    /// It could not be read; `verify` tries again.
+    Failed,
+}
+
+impl fmt::Display for LibraryState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Scanning => "scanning",
+            Self::Ready => "ready",
+            Self::Stale => "stale",
+            Self::Failed => "failed",
+        })
+    }
+}
+
 /// What every answer with a status of 400 or more has as its body.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema, thiserror::Error)]
 #[error("{message}{}", hint.as_ref().map(|hint| format!("; {hint}")).unwrap_or_default())]
@@ -424,6 +528,8 @@ pub enum ApiCode {
     UnknownVm,
     /// No such migration.
     UnknownMigration,
+    /// No such image in the library.
+    UnknownImage,
     /// No such site in the configuration.
     UnknownSite,
     /// No such path or method.

@@ -5,34 +5,44 @@ use flimcd_migrate::policy::{Policy, View, by_name};
 
 use crate::api::Strategy;
 
-/// The policy of a strategy; `compress` overrides its default.
-pub(crate) fn choose_policy(strategy: Strategy, compress: Option<bool>) -> Option<Box<dyn Policy>> {
+/// The policy of a strategy; `compress` and `library` override its defaults.
+pub(crate) fn choose_policy(
+    strategy: Strategy,
+    compress: Option<bool>,
+    library: Option<bool>,
+) -> Option<Box<dyn Policy>> {
     let name = match (strategy, compress) {
         (Strategy::Precopy, Some(true)) => "precopy-zstd",
         (strategy, _) => strategy.name(),
     };
     let policy = by_name(name).ok()?;
-    match compress {
-        Some(compress) if compress != policy.compress() => {
-            Some(Box::new(WithCompression { policy, compress }))
-        }
-        _ => Some(policy),
-    }
+    let compress = compress.unwrap_or(policy.compress());
+    let library = library.unwrap_or(policy.uses_library());
+    Some(Box::new(WithChoices {
+        policy,
+        compress,
+        library,
+    }))
 }
 
-/// A policy with its opinion on compression replaced.
-struct WithCompression {
+/// A policy with its opinions on content replaced.
+struct WithChoices {
     policy: Box<dyn Policy>,
     compress: bool,
+    library: bool,
 }
 
-impl Policy for WithCompression {
+impl Policy for WithChoices {
     fn name(&self) -> &'static str {
         self.policy.name()
     }
 
     fn compress(&self) -> bool {
         self.compress
+    }
+
+    fn uses_library(&self) -> bool {
+        self.library
     }
 
     fn allows_postcopy(&self) -> bool {
@@ -67,12 +77,16 @@ mod tests {
     #[test]
     fn every_strategy_has_a_policy_and_compression_can_be_chosen() {
         for strategy in Strategy::ALL {
-            assert!(choose_policy(strategy, None).is_some(), "{strategy}");
+            assert!(choose_policy(strategy, None, None).is_some(), "{strategy}");
             for compress in [true, false] {
-                let policy = choose_policy(strategy, Some(compress)).unwrap();
-                assert_eq!(policy.compress(), compress, "{strategy}");
+                let policy = choose_policy(strategy, Some(compress), Some(compress)).unwrap();
+                let choices = (policy.compress(), policy.uses_library());
+                assert_eq!(choices, (compress, compress), "{strategy}");
             }
         }
-        assert!(!choose_policy(Strategy::Precopy, None).unwrap().compress());
+        let precopy = choose_policy(Strategy::Precopy, None, None).unwrap();
+        assert!(!precopy.compress() && !precopy.uses_library());
+        let flimcd = choose_policy(Strategy::Flimcd, None, None).unwrap();
+        assert!(flimcd.compress() && flimcd.uses_library());
     }
 }

@@ -1,12 +1,13 @@
 //! Rates and times of a migration, and the status it begins with.
 
 use flimcd_core::{MigrationId, SiteName, VolumeName};
+use flimcd_migrate::ContentCount;
 use std::{
     collections::VecDeque,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use crate::api::{MigrationStatus, Phase, Role};
+use crate::api::{ContentStats, MigrationStatus, Phase, Role};
 
 /// Span over which rates are averaged.
 const WINDOW: Duration = Duration::from_secs(3);
@@ -44,6 +45,8 @@ pub(crate) fn fresh_status(
         ready_for_switchover: false,
         bytes_total,
         bytes_sent: 0,
+        content: ContentStats::default(),
+        library_image: None,
         bytes_on_link: 0,
         blocks_pending: 0,
         blocks_dirtied: 0,
@@ -59,6 +62,17 @@ pub(crate) fn fresh_status(
         downtime_ms: None,
         error: None,
         notes: Vec::new(),
+    }
+}
+
+/// What was counted before this agent began, and what it has counted itself.
+pub(crate) const fn add_content(before: ContentStats, count: ContentCount) -> ContentStats {
+    ContentStats {
+        zero_blocks: before.zero_blocks + count.zero_blocks,
+        same_blocks: before.same_blocks + count.same_blocks,
+        compressed_blocks: before.compressed_blocks + count.zstd_blocks,
+        compressed_bytes: before.compressed_bytes + count.zstd_bytes,
+        raw_blocks: before.raw_blocks + count.raw_blocks,
     }
 }
 

@@ -7,7 +7,7 @@ use flimcd_migrate::{
     Switchover,
 };
 use flimcd_volume::Ownership;
-use flimcd_wire::{Entry, Message};
+use flimcd_wire::{ChunkPrefix, Entry, Message};
 use std::{
     io,
     time::{Duration, Instant},
@@ -17,11 +17,11 @@ use super::{
     base::{Base, Command, CommandAnswer, CommandError, Event, Outcome, Setup, disk_error},
     hooks::DisksEvent,
     peeks::{Answering, Question},
-    progress::{eta_s, unix_ms},
+    progress::{add_content, eta_s, unix_ms},
     store::MigrationRecord,
 };
 use crate::{
-    api::{self, Phase},
+    api::{self, ContentStats, Phase},
     links::LinkInput,
 };
 
@@ -51,6 +51,8 @@ pub(crate) struct SourceDriver {
     told_ready: bool,
     /// Reads at the target before the switch.
     answering: Answering,
+    /// What an agent that ran before had counted.
+    content_before: ContentStats,
 }
 
 impl SourceDriver {
@@ -68,6 +70,7 @@ impl SourceDriver {
         let mut driver = Self {
             machine: make_machine(base.now()),
             drain_at: base.now(),
+            content_before: base.status.content,
             base,
             freezing: false,
             stopped_at: None,
@@ -332,7 +335,8 @@ impl SourceDriver {
                 seq,
                 range,
                 compress,
-            } => self.read(seq, range, compress),
+                same,
+            } => self.read(seq, range, compress, same),
             SourceAction::MarkClean(ranges) => {
                 if let Err(error) = self.base.volumes.mark_clean(&ranges) {
                     self.base.note(format!(
@@ -359,7 +363,7 @@ impl SourceDriver {
         }
     }
 
-    fn read(&mut self, seq: Seq, range: BlockRange, compress: bool) {
+    fn read(&mut self, seq: Seq, range: BlockRange, compress: bool, same: Option<ChunkPrefix>) {
         // The marks are cleared here and now, the content is read later.
         let begun = self.base.volumes.begin_send(range);
         let done = self.base.begin_job();
@@ -376,7 +380,10 @@ impl SourceDriver {
                     } else {
                         &mut tools.keep
                     };
-                    let encoded = encoder.encode(range, &tools.buffer);
+                    let encoded = match same {
+                        Some(same) => encoder.encode_chunk(range, &tools.buffer, same),
+                        None => encoder.encode(range, &tools.buffer),
+                    };
                     (encoded.entries, encoded.payload)
                 })
                 .map_err(|error| disk_error(&format!("reading blocks {range:?}"), &error));
@@ -473,6 +480,13 @@ impl SourceDriver {
                 self.base.tell(DisksEvent::Ended(Err(text.clone())));
                 self.base.status.error = Some(text);
             }
+            SourceEvent::Seed(name) => {
+                tracing::info!(
+                    migration = %self.base.record.id, image = %name,
+                    "the target has an image in its library that has some of this at the same place"
+                );
+                self.base.status.library_image = Some(name);
+            }
             SourceEvent::Note(text) => self.base.note(text),
         }
     }
@@ -484,6 +498,7 @@ impl SourceDriver {
         let status = &mut self.base.status;
         status.ready_for_switchover = is_ready;
         status.bytes_sent = self.base.sent_before + progress.content_bytes_sent;
+        status.content = add_content(self.content_before, progress.content);
         status.blocks_pending = progress.blocks_left;
         status.guest_reads = progress.target.guest_reads;
         status.guest_reads_missed = progress.target.guest_reads_missed;

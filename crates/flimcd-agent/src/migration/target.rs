@@ -1,16 +1,17 @@
 //! Driver of a [`TargetMachine`].
 
-use flimcd_content::Decoded;
+use flimcd_content::{Decoded, Fingerprints, zero_runs};
 use flimcd_core::{BlockRange, BlockSet, Epoch, Time};
 use flimcd_link::Credit;
 use flimcd_migrate::{
-    ApplyId, DiskError, SyncId, TargetAction, TargetConfig, TargetEvent, TargetMachine,
-    TargetPhase, TargetStart,
+    ApplyId, ContentCount, DiskError, SyncId, TargetAction, TargetConfig, TargetEvent,
+    TargetMachine, TargetPhase, TargetStart,
 };
 use flimcd_volume::{ApplyData, Volume};
-use flimcd_wire::{Blocks, Entry, Message};
+use flimcd_wire::{Blocks, Entry, Message, SampleChunk};
 use std::{
     io,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -18,23 +19,37 @@ use super::{
     base::{Base, Command, CommandError, Event, Outcome, Setup, disk_error},
     hooks::DisksEvent,
     peeks::Asking,
-    progress::unix_ms,
+    progress::{add_content, unix_ms},
     store::MigrationRecord,
     volumes::VolumeSet,
     workers::Tools,
 };
-use crate::{api::Phase, links::LinkInput};
+use crate::{
+    api::{ContentStats, Phase},
+    library::{Chosen, Library, Seeds},
+    links::LinkInput,
+};
 
 /// How often it is looked at what the guest has done.
 const LOOK: Duration = Duration::from_millis(50);
 
 /// What the workers answer.
 pub(crate) enum Done {
-    Applied(ApplyId, Result<(), DiskError>),
+    Applied(ApplyId, Result<Written, DiskError>),
+    Seed(Option<Chosen>),
     Synced(SyncId, Result<(), DiskError>),
     Owner(Epoch, Result<(), DiskError>),
     Refused(Epoch, Result<(), DiskError>),
     Completed(Result<(), DiskError>),
+}
+
+/// What became of a message's content.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Written {
+    /// It is on the disk.
+    All,
+    /// The seed does not hold what the message says.
+    Lacking,
 }
 
 /// How a driver begins.
@@ -43,6 +58,8 @@ pub(crate) struct TargetBegin {
     pub(crate) config: TargetConfig,
     /// Where it stands.
     pub(crate) start: TargetStart,
+    /// Where seeds come from.
+    pub(crate) library: Arc<Library>,
 }
 
 /// See the module.
@@ -59,6 +76,11 @@ pub(crate) struct TargetDriver {
     asking: Asking,
     /// The credit of the message that the machine is looking at.
     credit: Option<Credit>,
+    library: Arc<Library>,
+    /// What the source may refer to. Its table is dropped once the source was told of it.
+    seeds: Option<Arc<Seeds>>,
+    content: ContentCount,
+    content_before: ContentStats,
 }
 
 impl TargetDriver {
@@ -71,10 +93,14 @@ impl TargetDriver {
             look_at: base.now(),
             reads_before: base.status.guest_reads,
             reads_missed_before: base.status.guest_reads_missed,
+            content: ContentCount::default(),
+            content_before: base.status.content,
             base,
             discard: false,
             asking: Asking::default(),
             credit: None,
+            library: begin.library.clone(),
+            seeds: None,
         })
     }
 
@@ -188,8 +214,10 @@ impl TargetDriver {
 
     fn answer(&mut self, now: Time, done: Done) {
         match done {
+            Done::Seed(chosen) => self.answer_seed(now, chosen),
+            Done::Applied(id, Ok(Written::Lacking)) => self.machine.handle_lacking(now, id),
             Done::Applied(id, result) => {
-                self.machine.handle_applied(now, id, result);
+                self.machine.handle_applied(now, id, result.map(|_| ()));
                 if self.machine.phase().owns() {
                     let missing = self.base.volumes.missing_count();
                     self.machine.handle_missing(now, missing);
@@ -318,19 +346,48 @@ impl TargetDriver {
                     Done::Completed(result.map_err(|error| disk_error(what, &error)))
                 });
             }
+            TargetAction::ChooseSeed { sample } => self.choose_seed(sample),
             TargetAction::Discard => self.discard = true,
         }
     }
 
+    /// Looks for images of the library that resemble what arrives.
+    fn choose_seed(&mut self, sample: Vec<SampleChunk>) {
+        let (volumes, library) = (self.base.volumes.clone(), self.library.clone());
+        let done = self.base.begin_job();
+        self.base.workers.record(move || {
+            let tenant = |volume: &Arc<Volume>| volume.record().map(|record| record.tenant.clone());
+            let tenants: Vec<_> = volumes
+                .all()
+                .iter()
+                .map(|v| tenant(v).unwrap_or_default())
+                .collect();
+            let chosen = library.choose(volumes.layout(), &tenants, &sample);
+            let _ = done.send(Done::Seed(chosen));
+        });
+    }
+
+    fn answer_seed(&mut self, now: Time, chosen: Option<Chosen>) {
+        let choice = chosen.map(|chosen| {
+            self.seeds = Some(chosen.seeds);
+            self.base.status.library_image = Some(chosen.choice.name.clone());
+            chosen.choice
+        });
+        self.machine.handle_seed(now, choice);
+    }
+
     fn write(&mut self, id: ApplyId, blocks: Blocks) {
         let ranges: Vec<BlockRange> = blocks.ranges().collect();
+        for entry in &blocks.entries {
+            self.content.count(*entry);
+        }
         self.base.status.bytes_sent += blocks.payload.len() as u64;
         let (volumes, done) = (self.base.volumes.clone(), self.base.begin_job());
-        let credit = self.credit.take();
+        let (credit, seeds) = (self.credit.take(), self.seeds.clone());
         self.base
             .workers
             .in_order(ranges.into_iter(), move |tools| {
-                let result = write_blocks(&volumes, tools, &blocks);
+                let result = write_blocks(&volumes, seeds.as_deref(), tools, &blocks);
                 drop(credit);
                 // The driver is gone when the agent stops.
                 let _ = done.send(Done::Applied(id, result));
@@ -383,6 +440,7 @@ impl TargetDriver {
     fn publish(&mut self) {
         let report = self.machine.report();
         let status = &mut self.base.status;
+        status.content = add_content(self.content_before, self.content);
         status.guest_reads = report.guest_reads;
         status.guest_reads_missed = report.guest_reads_missed;
         status.missing_blocks = if self.machine.phase().owns() {
@@ -398,26 +456,69 @@ impl TargetDriver {
     }
 }
 
-/// Unpacks and writes one message.
-fn write_blocks(volumes: &VolumeSet, tools: &mut Tools, blocks: &Blocks) -> Result<(), DiskError> {
+/// Unpacks and writes one message. Of one that refers to what the seed does not hold some may be written: it is what the
+/// source had, and comes again.
+fn write_blocks(
+    volumes: &VolumeSet,
+    seeds: Option<&Seeds>,
+    tools: &mut Tools,
+    blocks: &Blocks,
+) -> Result<Written, DiskError> {
     for (entry, payload) in blocks.parts() {
-        volumes
-            .apply(entry, |volume, within| {
-                write_entry(volume, tools, within, &payload)
-            })
+        let write = |volume: &Volume, within: Entry| {
+            let shift = entry.range.start - within.range.start;
+            write_entry(volume, seeds, shift, tools, within, &payload)
+        };
+        let written = volumes
+            .apply(entry, write)
             .map_err(|error| disk_error(&format!("writing blocks {:?}", entry.range), &error))?;
+        if written == Written::Lacking {
+            return Ok(Written::Lacking);
+        }
     }
-    Ok(())
+    Ok(Written::All)
 }
 
-fn write_entry(volume: &Volume, tools: &mut Tools, entry: Entry, payload: &[u8]) -> io::Result<()> {
+/// Writes an entry; `shift` is where the volume begins in the layout.
+fn write_entry(
+    volume: &Volume,
+    seeds: Option<&Seeds>,
+    shift: u64,
+    tools: &mut Tools,
+    entry: Entry,
+    payload: &[u8],
+) -> io::Result<Written> {
     let decoded = tools.unpack.decode(&entry, payload, volume.size());
     let data = match decoded.map_err(io::Error::other)? {
         Decoded::Zeroes => ApplyData::Zeroes,
         Decoded::Bytes(bytes) => ApplyData::Bytes(bytes),
+        Decoded::Same(chunks) => {
+            return write_same(volume, seeds, shift, &mut tools.buffer, chunks);
+        }
     };
     volume.apply(entry.range, data)?;
-    Ok(())
+    Ok(Written::All)
+}
+
+/// Writes what the seed has at the same place, from the very bytes that were found to be right.
+fn write_same(
+    volume: &Volume,
+    seeds: Option<&Seeds>,
+    shift: u64,
+    buffer: &mut Vec<u8>,
+    chunks: Fingerprints<'_>,
+) -> io::Result<Written> {
+    for (chunk, fingerprint) in chunks.chunks() {
+        let place = BlockRange::new(chunk.start + shift, chunk.end + shift);
+        let read = seeds.and_then(|seeds| seeds.read(place, fingerprint, buffer));
+        if read.is_none() {
+            return Ok(Written::Lacking);
+        }
+        for (range, bytes) in zero_runs(chunk, buffer) {
+            volume.apply(range, bytes.map_or(ApplyData::Zeroes, ApplyData::Bytes))?;
+        }
+    }
+    Ok(Written::All)
 }
 
 fn sync(volumes: &VolumeSet) -> Result<(), DiskError> {

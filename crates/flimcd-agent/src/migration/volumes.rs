@@ -11,10 +11,17 @@
 //! side by side, and a crash can come between. What that means is decided in one place: see
 //! [`settle`](super::settle).
 
-use flimcd_core::{BlockRange, BlockSet, Epoch, InvalidSize, MigrationId, SiteName, VolumeLayout};
+use flimcd_content::{Fingerprint, is_zero};
+use flimcd_core::{
+    BLOCKS_PER_CHUNK, BlockIndex, BlockRange, BlockSet, Epoch, InvalidSize, MigrationId, SiteName,
+    VolumeLayout,
+};
 use flimcd_volume::{Ownership, Sending, Volume, VolumeObserver, rules::Mode};
-use flimcd_wire::Entry;
+use flimcd_wire::{Entry, SampleChunk};
 use std::{io, sync::Arc, thread};
+
+/// Chunks that an image is recognised by. Where 5% of a volume are in an image, one in a thousand samples misses it.
+const SAMPLE_CHUNKS: usize = 128;
 
 /// See the module.
 pub(crate) struct VolumeSet {
@@ -252,6 +259,26 @@ impl VolumeSet {
         Ok(())
     }
 
+    /// Draws whole chunks with data among `blocks`, at random, and reads them: what a target may recognise an image by.
+    /// What cannot be read is left out.
+    pub(crate) fn sample(&self, blocks: &BlockSet) -> Vec<SampleChunk> {
+        let mut sample = Vec::new();
+        for range in draw_chunks(blocks) {
+            let read = self
+                .locate(range)
+                .and_then(|(volume, within)| volume.peek(within));
+            if let Ok(content) = read
+                && !is_zero(&content)
+            {
+                sample.push(SampleChunk {
+                    chunk: BlockIndex(range.start).chunk(),
+                    prefix: Fingerprint::of(&content).prefix(),
+                });
+            }
+        }
+        sample
+    }
+
     /// Parks guest requests from now on.
     pub(crate) fn freeze(&self) {
         for volume in &self.volumes {
@@ -290,11 +317,11 @@ impl VolumeSet {
     // ---- target ------------------------------------------------------------------------------
 
     /// Writes content that arrived. `write` gets the volume and the entry as that volume knows it.
-    pub(crate) fn apply(
+    pub(crate) fn apply<T>(
         &self,
         entry: Entry,
-        write: impl FnOnce(&Volume, Entry) -> io::Result<()>,
-    ) -> io::Result<()> {
+        write: impl FnOnce(&Volume, Entry) -> io::Result<T>,
+    ) -> io::Result<T> {
         let (volume, range) = self.locate(entry.range)?;
         write(volume, Entry { range, ..entry })
     }
@@ -427,6 +454,32 @@ impl VolumeSet {
             Err(_) => unreachable!("nothing in it fails"),
         }
     }
+}
+
+/// Up to so many chunks of which all blocks are in the set, each as likely as any other.
+fn draw_chunks(blocks: &BlockSet) -> Vec<BlockRange> {
+    let first_whole = |run: BlockRange| run.start.next_multiple_of(BLOCKS_PER_CHUNK);
+    let whole = |run: BlockRange| (run.end.saturating_sub(first_whole(run))) / BLOCKS_PER_CHUNK;
+    let total: u64 = blocks.runs().map(whole).sum();
+    if total == 0 {
+        return Vec::new();
+    }
+    let mut drawn: Vec<u64> = (0..SAMPLE_CHUNKS)
+        .map(|_| rand::random_range(0..total))
+        .collect();
+    drawn.sort_unstable();
+    drawn.dedup();
+    let mut drawn = drawn.into_iter().peekable();
+    let (mut chunks, mut before) = (Vec::new(), 0);
+    for run in blocks.runs() {
+        let here = whole(run);
+        while let Some(number) = drawn.next_if(|&number| number < before + here) {
+            let start = first_whole(run) + (number - before) * BLOCKS_PER_CHUNK;
+            chunks.push(BlockRange::new(start, start + BLOCKS_PER_CHUNK));
+        }
+        before += here;
+    }
+    chunks
 }
 
 fn shift_out(run: BlockRange, start: u64) -> BlockRange {

@@ -234,6 +234,7 @@ pub(crate) fn to_beta(strategy: Strategy, switchover: Switchover) -> MigrateRequ
         bandwidth_bytes_per_sec: None,
         switchover,
         compress: None,
+        library: None,
     }
 }
 

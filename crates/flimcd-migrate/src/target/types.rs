@@ -84,7 +84,7 @@ pub enum TargetAction {
         epoch: Epoch,
     },
     /// Choose the image that has most of these chunks at the same place, among those that the volume may share content
-    /// with, and answer with `handle_seed`. The one that was chosen before by this driver stays chosen, if it can still be read.
+    /// with, and answer with `handle_seed`. What refers to the one that was chosen before is then lacking, if it is another.
     ChooseSeed {
         /// Chunks of the layout.
         sample: Vec<SampleChunk>,
