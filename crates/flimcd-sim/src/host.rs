@@ -11,6 +11,7 @@ use bytes::Bytes;
 use flimcd_core::{BlockRange, BlockSet, ByteRange, Epoch, Seq, Time, VolumeSize};
 use flimcd_migrate::{ApplyId, DiskError};
 use flimcd_volume::rules::{ApplyToken, Mode, Rules, Ticket};
+use flimcd_wire::ChunkPrefix;
 
 use crate::{
     content::SECTOR_LEN,
@@ -117,6 +118,7 @@ pub(crate) enum Purpose {
         seq: Seq,
         range: BlockRange,
         compress: bool,
+        same: Option<ChunkPrefix>,
     },
     /// A part of an apply.
     Apply { id: ApplyId, token: ApplyToken },

@@ -11,6 +11,7 @@
 //! ```
 //! * `host`, `disk`, `flow`, `volume`: one site's machine. What a process kill and a power loss leave of it is decided there.
 //! * `source`, `target`: the agents, which do with a machine what its contract asks for.
+//! * `seed`: an image in the target's library, with a table that may lie.
 //! * `guest` decides what is asked for, `faults` what goes wrong; `plan` draws both from the seed.
 //! * `model`, `resend`, `check` know only what must hold: every read returns what it may; at most one owner; after a power
 //!   loss everything flushed is there; no block that arrived is sent again because of a link break; when faults
@@ -29,6 +30,7 @@ mod net;
 mod plan;
 mod range;
 mod resend;
+mod seed;
 mod source;
 mod target;
 mod volume;

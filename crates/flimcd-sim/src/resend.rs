@@ -100,6 +100,13 @@ impl Resend {
         self.read.remove(&seq);
     }
 
+    /// A message arrived, and what it says could not be made of it.
+    pub(crate) fn lacking(&mut self, seq: Seq) {
+        for &(block, _) in self.read.get(&seq).into_iter().flatten() {
+            self.delivered[crate::disk::index(block.0)] = None;
+        }
+    }
+
     /// Something was lost that a link break alone does not lose.
     pub(crate) fn forget(&mut self) {
         self.delivered.fill(None);

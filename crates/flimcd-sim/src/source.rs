@@ -9,7 +9,7 @@ use flimcd_migrate::{
     policy,
 };
 use flimcd_volume::rules::{Mode, Rules};
-use flimcd_wire::{Class, Message, SourceStage, VolumeOffer};
+use flimcd_wire::{ChunkPrefix, Class, Content, Message, SourceStage, VolumeOffer};
 
 use crate::{
     flow::Persisting,
@@ -87,7 +87,9 @@ impl World {
         };
         let policy = policy::by_name(self.plan.strategy).expect("a strategy that there is");
         self.trace(|| format!("source machine: {start:?}"));
-        self.source.machine = Some(SourceMachine::new(config, policy, start, self.now));
+        let mut machine = SourceMachine::new(config, policy, start, self.now);
+        machine.set_sample(self.sample());
+        self.source.machine = Some(machine);
 
         let life = self.host(Site::Source).life;
         self.at(self.now, Event::DirtyPoll { life });
@@ -185,6 +187,13 @@ impl World {
     fn check_sent(&mut self, message: &Message) {
         match message {
             Message::Blocks(blocks) => {
+                if blocks
+                    .entries
+                    .iter()
+                    .any(|entry| entry.content == Content::Same)
+                {
+                    self.cover("sent as the same");
+                }
                 if let Some(block) = self.resend.sent(blocks) {
                     let seq = blocks.seq;
                     self.fail(format!(
@@ -213,6 +222,7 @@ impl World {
                 seq,
                 range,
                 compress,
+                same,
             } => {
                 self.host(Site::Source).rules.begin_send(range);
                 self.resend.read(seq, range);
@@ -220,6 +230,7 @@ impl World {
                     seq,
                     range,
                     compress,
+                    same,
                 };
                 self.submit(Site::Source, Io::Read(range.bytes(size)), purpose);
             }
@@ -266,6 +277,7 @@ impl World {
         seq: Seq,
         range: BlockRange,
         compress: bool,
+        same: Option<ChunkPrefix>,
         result: Done,
     ) {
         self.host(Site::Source).rules.end_send(range);
@@ -276,7 +288,10 @@ impl World {
             } else {
                 &mut encoders.raw
             };
-            let encoded = encoder.encode(range, &bytes);
+            let encoded = match same {
+                Some(same) => encoder.encode_chunk(range, &bytes, same),
+                None => encoder.encode(range, &bytes),
+            };
             (encoded.entries, encoded.payload)
         });
         self.source_input(move |machine, now| machine.handle_read(now, seq, result));

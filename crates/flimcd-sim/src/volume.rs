@@ -21,6 +21,8 @@ pub(crate) struct Message {
     /// Entries that are not written yet.
     left: usize,
     error: Option<DiskError>,
+    /// The seed does not hold what it says.
+    is_lacking: bool,
 }
 
 /// An entry of a message that is being written.
@@ -210,6 +212,7 @@ impl World {
             blocks,
             left: ranges.len(),
             error: None,
+            is_lacking: false,
         };
         self.target.messages.insert(id, message);
         for (range, entry) in ranges.into_iter().zip(0..) {
@@ -248,6 +251,19 @@ impl World {
             return self.fail(format!("an apply of an entry that is not there: {token:?}"));
         };
         let content = match self.target.decoder.decode(&entry, &payload, size) {
+            Ok(Decoded::Same(chunks)) => {
+                let read = |(chunk, expected)| self.seed.as_ref()?.read(chunk, expected);
+                let Some(found): Option<Vec<&[u8]>> = chunks.chunks().map(read).collect() else {
+                    if let Some(message) = self.target.messages.get_mut(&id) {
+                        message.is_lacking = true;
+                    }
+                    if let Some(apply) = self.target.applies.get_mut(&token) {
+                        apply.failed = true;
+                    }
+                    return self.end_apply(token);
+                };
+                Some(Bytes::from(found.concat()))
+            }
             Ok(Decoded::Zeroes) => None,
             Ok(Decoded::Bytes(bytes)) => Some(Bytes::copy_from_slice(bytes)),
             Err(error) => return self.fail(format!("content that cannot be decoded: {error}")),
@@ -304,6 +320,12 @@ impl World {
         if message.left == 0
             && let Some(message) = self.target.messages.remove(&apply.id)
         {
+            if message.is_lacking {
+                self.cover("lacking at the target");
+                self.resend.lacking(message.blocks.seq);
+                let id = apply.id;
+                return self.target_input(move |machine, now| machine.handle_lacking(now, id));
+            }
             let result = message.error.map_or(Ok(()), Err);
             self.target_input(move |machine, now| machine.handle_applied(now, apply.id, result));
         }
@@ -328,7 +350,8 @@ impl World {
                 seq,
                 range,
                 compress,
-            } => self.send_read_done(seq, range, compress, result),
+                same,
+            } => self.send_read_done(seq, range, compress, same, result),
             Purpose::Apply { id, token } => self.apply_io_done(id, token, result),
             Purpose::Flow(id) => self.flow_done(site, id, result.map(|_| ())),
         }

@@ -21,6 +21,7 @@ use crate::{
     net::{Net, Parcel},
     plan::Plan,
     resend::Resend,
+    seed::SeedImage,
     source::{Encoders, SourceAgent},
     target::TargetAgent,
 };
@@ -103,6 +104,10 @@ pub(crate) enum Event {
     Estimate {
         life: u64,
     },
+    /// The target has looked for an image like the volume.
+    SeedFound {
+        life: u64,
+    },
     StartMigration,
     AgentStarts {
         site: Site,
@@ -171,6 +176,8 @@ pub(crate) struct World {
     pub(crate) source: SourceAgent,
     pub(crate) target: TargetAgent,
     pub(crate) encoders: Encoders,
+    /// The target's library.
+    pub(crate) seed: Option<SeedImage>,
     pub(crate) guest: Guest,
     pub(crate) model: Model,
     pub(crate) resend: Resend,
@@ -197,6 +204,7 @@ impl World {
             source: SourceAgent::default(),
             target: TargetAgent::default(),
             encoders: Encoders::new(),
+            seed: None,
             guest: Guest::new(),
             model: Model::new(plan.size.bytes()),
             resend: Resend::new(plan.size),
@@ -208,6 +216,8 @@ impl World {
             plan,
         };
         world.prepare();
+        let disk = &world.hosts[Site::Source.index()].disk;
+        world.seed = SeedImage::draw(seed, world.plan.size, disk);
         world
     }
 
@@ -313,11 +323,13 @@ impl World {
             Event::DirtyPoll { life } if self.lives(Site::Source, life) => self.dirty_poll(life),
             Event::TellCounts { life } if self.lives(Site::Target, life) => self.tell_counts(),
             Event::Estimate { life } if self.lives(Site::Source, life) => self.tell_estimate(life),
+            Event::SeedFound { life } if self.lives(Site::Target, life) => self.seed_found(),
             Event::Io { .. }
             | Event::Timer { .. }
             | Event::DirtyPoll { .. }
             | Event::TellCounts { .. }
-            | Event::Estimate { .. } => {}
+            | Event::Estimate { .. }
+            | Event::SeedFound { .. } => {}
             Event::Depart { from, generation } => self.depart(from, generation),
             Event::Arrive {
                 from,
@@ -557,7 +569,12 @@ fn brief(message: &Message) -> String {
     match message {
         Message::Blocks(blocks) => {
             let ranges: Vec<_> = blocks.ranges().collect();
-            format!("Blocks {:?} {ranges:?}", blocks.seq)
+            let same = blocks
+                .entries
+                .iter()
+                .any(|e| e.content == flimcd_wire::Content::Same);
+            let how = if same { " the same" } else { "" };
+            format!("Blocks {:?} {ranges:?}{how}", blocks.seq)
         }
         other => format!("{other:?}"),
     }

@@ -48,6 +48,8 @@ pub(crate) enum Command {
     Volume(VolumeArgs),
     /// Take running QEMU machines under care, list and show them, give them back
     Vm(VmArgs),
+    /// Images at this site that need not cross the link when volumes arrive
+    Library(LibraryArgs),
     /// Print the socket that a guest finds a volume at
     Export(ExportArgs),
     /// Move a volume to another site
@@ -213,6 +215,102 @@ Examples:\n  flimcd volume remove vm1\n  flimcd volume remove vm1 --delete-image
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
+  flimcd library add /var/lib/images/debian12.raw     at the site where volumes arrive
+  flimcd library list
+  flimcd library verify debian12                      after the file was changed
+
+Volumes that are migrated here are compared with these images: a chunk of 64 KiB that one of them has at the \
+same place is read from it, and does not cross the link. Content is shared inside a tenant, and with all \
+tenants where an image is public.")]
+pub(crate) struct LibraryArgs {
+    #[command(subcommand)]
+    pub(crate) command: LibraryCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum LibraryCommand {
+    /// Take a raw image into the library; it is read once
+    #[command(after_help = "\
+Examples:
+  flimcd library add /var/lib/images/debian12.raw
+  flimcd library add disk.raw --name web-2024 --tenant acme
+  flimcd library add base.raw --public --copy
+
+The file stays where it is, and must not be written any more; --copy makes a copy that is the library's own. \
+Ctrl-C leaves the agent reading. A qcow2 image has to be made a raw one first: qemu-img convert -O raw.")]
+    Add {
+        /// The raw image
+        image: PathBuf,
+        /// Name to give it; the file's if left out
+        #[arg(long)]
+        name: Option<VolumeName>,
+        /// Whose volumes may share content with it
+        #[arg(long, conflicts_with = "public")]
+        tenant: Option<String>,
+        /// Volumes of all tenants may share content with it
+        #[arg(long)]
+        public: bool,
+        /// Make a copy in the agent's state directory
+        #[arg(long)]
+        copy: bool,
+        /// Do not wait until it has been read
+        #[arg(long)]
+        no_wait: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        api: ApiArgs,
+    },
+    /// List all images
+    #[command(after_help = "Examples:\n  flimcd library list\n  flimcd library list --json")]
+    List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        api: ApiArgs,
+    },
+    /// Show one image
+    #[command(
+        after_help = "Examples:\n  flimcd library show debian12\n  flimcd library show debian12 --json"
+    )]
+    Show {
+        /// Name of the image
+        name: VolumeName,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        api: ApiArgs,
+    },
+    /// Give an image up; its file stays, unless it is the library's own copy
+    #[command(after_help = "Examples:\n  flimcd library remove debian12")]
+    Remove {
+        /// Name of the image
+        name: VolumeName,
+        #[command(flatten)]
+        api: ApiArgs,
+    },
+    /// Read an image again and make its fingerprints anew
+    #[command(after_help = "Examples:\n  flimcd library verify debian12")]
+    Verify {
+        /// Name of the image
+        name: VolumeName,
+        /// Do not wait until it has been read
+        #[arg(long)]
+        no_wait: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        api: ApiArgs,
+    },
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
   flimcd export vm1              the NBD URI, for a guest or for nbdinfo, nbdcopy, qemu-img…
   flimcd export vm1 --json       socket and export name apart
   qemu-system-x86_64 … -drive file=\"$(flimcd export vm1)\",format=raw,if=virtio")]
@@ -255,6 +353,9 @@ pub(crate) struct MigrateArgs {
     /// Compress content, or not; the strategy's own way if left out
     #[arg(long, value_name = "BOOL")]
     pub(crate) compress: Option<bool>,
+    /// Do not send what an image of the target's library has at the same place; the strategy's own way if left out
+    #[arg(long, value_name = "BOOL")]
+    pub(crate) library: Option<bool>,
     /// Stay, show progress, and end with the migration's outcome
     #[arg(long)]
     pub(crate) wait: bool,

@@ -78,6 +78,35 @@ pub(crate) fn line(status: &MigrationStatus) -> String {
     parts.join(", ")
 }
 
+/// How content has travelled, and which image of the target's library it was compared with.
+pub(crate) fn by_kind(status: &MigrationStatus) -> Option<String> {
+    let content = &status.content;
+    let kinds = [
+        ("zero", content.zero_blocks, None),
+        ("same place", content.same_blocks, None),
+        (
+            "compressed",
+            content.compressed_blocks,
+            Some(content.compressed_bytes),
+        ),
+        ("raw", content.raw_blocks, None),
+    ];
+    let parts: Vec<String> = kinds
+        .into_iter()
+        .filter(|(_, blocks, _)| *blocks > 0)
+        .map(|(kind, blocks, bytes)| {
+            let from = format::bytes(blocks * BLOCK_SIZE);
+            match bytes {
+                Some(bytes) => format!("{from} {kind} to {}", format::bytes(bytes)),
+                None => format!("{from} {kind}"),
+            }
+        })
+        .collect();
+    let image = status.library_image.as_ref();
+    let image = image.map_or_else(String::new, |name| format!("; library image {name}"));
+    (!parts.is_empty()).then(|| format!("content: {}{image}", parts.join(", ")))
+}
+
 /// Shows progress on standard error.
 pub(crate) struct Progress {
     bar: Option<ProgressBar>,

@@ -16,8 +16,8 @@ use tokio::net::UnixStream;
 
 use super::{
     types::{
-        AddLibraryImage, CreateVolume, ErrorBody, ExportInfo, ImportVolume, LibraryImage, MigrateRequest, MigrateTogether,
-        MigrationStatus, RemovedVolume, Status, VolumeInfo,
+        AddLibraryImage, CreateVolume, ErrorBody, ExportInfo, ImportVolume, LibraryImage,
+        MigrateRequest, MigrateTogether, MigrationStatus, RemovedVolume, Status, VolumeInfo,
     },
     vm::{AdoptVm, VmInfo},
     vm_move::{MoveVm, VmMoveStatus},

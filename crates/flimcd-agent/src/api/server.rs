@@ -18,8 +18,9 @@ use utoipa::OpenApi;
 
 use super::{
     types::{
-        AddLibraryImage, ApiCode, CreateVolume, ErrorBody, ExportInfo, ImportVolume, LibraryImage, MigrateRequest,
-        MigrateTogether, MigrationStatus, RemoveQuery, RemovedVolume, Status, VolumeInfo,
+        AddLibraryImage, ApiCode, CreateVolume, ErrorBody, ExportInfo, ImportVolume, LibraryImage,
+        MigrateRequest, MigrateTogether, MigrationStatus, RemoveQuery, RemovedVolume, Status,
+        VolumeInfo,
     },
     vm_server,
 };

@@ -81,6 +81,12 @@ pub struct StrategyReport {
     pub downtime_ms: f64,
     /// Bytes on the link, both directions.
     pub bytes_on_link: u64,
+    /// Bytes of blocks that the target had at the same place in its library.
+    #[serde(default)]
+    pub same_place_bytes: u64,
+    /// Bytes of blocks of zeroes.
+    #[serde(default)]
+    pub zero_bytes: u64,
     /// Reads the guest made during the migration.
     pub guest_reads: u64,
     /// Reads that returned a wrong byte.
@@ -178,6 +184,10 @@ impl fmt::Display for DemoReport {
         });
         line("downtime", &|run| format!("{:.0} ms", run.downtime_ms));
         line("bytes on the link", &|run| megabytes(run.bytes_on_link));
+        line("  not sent: zero", &|run| megabytes(run.zero_bytes));
+        line("  not sent: same place", &|run| {
+            megabytes(run.same_place_bytes)
+        });
         line("guest reads", &|run| run.guest_reads.to_string());
         line("  wrong", &|run| run.guest_reads_wrong.to_string());
         line("  missed", &|run| run.guest_reads_missed.to_string());

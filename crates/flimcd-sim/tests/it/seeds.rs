@@ -42,6 +42,8 @@ fn with_faults_no_check_fails_and_everything_is_met() {
         "target Refusing",
         "source Draining",
         "source Returning",
+        "sent as the same",
+        "lacking at the target",
     ] {
         assert!(
             report.coverage.contains_key(what),

@@ -14,6 +14,7 @@ use crate::{
     args::{MigrateArgs, OneVolumeArgs, SwitchoverArg},
     format,
     outcome::{advise, interrupted},
+    progress,
 };
 
 pub(crate) async fn run(args: &MigrateArgs) -> anyhow::Result<ExitCode> {
@@ -27,6 +28,7 @@ pub(crate) async fn run(args: &MigrateArgs) -> anyhow::Result<ExitCode> {
             SwitchoverArg::Manual => Switchover::Manual,
         },
         compress: args.compress,
+        library: args.library,
     };
     let status = client.migrate(&args.volume, &request).await?;
     if args.wait {
@@ -159,8 +161,9 @@ fn summary(status: &MigrationStatus) -> String {
     let downtime = status.downtime_ms.map_or_else(String::new, |ms| {
         format!(", downtime at most {}", format::milliseconds(ms))
     });
+    let how = progress::by_kind(status).map_or_else(String::new, |text| format!("\n{text}"));
     format!(
-        "{} is at {}: {}{downtime}, {} on the link, {} misses in {} reads after the switch",
+        "{} is at {}: {}{downtime}, {} on the link, {} misses in {} reads after the switch{how}",
         status.names(),
         status.peer,
         format::seconds(took),

@@ -3,6 +3,7 @@
 pub(crate) mod agent;
 pub(crate) mod bench;
 pub(crate) mod follow;
+pub(crate) mod library;
 pub(crate) mod migrate;
 pub(crate) mod pki;
 pub(crate) mod sim;

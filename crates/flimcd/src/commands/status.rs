@@ -97,6 +97,9 @@ fn migrations(migrations: &[MigrationStatus]) -> String {
             migration.peer,
             progress::line(migration)
         ));
+        if let Some(text) = progress::by_kind(migration) {
+            out.push_str(&format!("    {text}\n"));
+        }
         if let Some(error) = &migration.error {
             out.push_str(&format!("    {error}\n"));
         }

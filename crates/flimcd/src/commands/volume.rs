@@ -97,7 +97,7 @@ pub(crate) async fn export(args: &ExportArgs) -> anyhow::Result<ExitCode> {
 }
 
 /// The agent has another working directory than this command.
-fn absolute(path: &Path) -> anyhow::Result<std::path::PathBuf> {
+pub(super) fn absolute(path: &Path) -> anyhow::Result<std::path::PathBuf> {
     std::path::absolute(path)
         .with_context(|| format!("the path {} cannot be made absolute", path.display()))
 }

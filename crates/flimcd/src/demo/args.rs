@@ -39,11 +39,14 @@ pub(crate) struct DemoArgs {
         long,
         value_delimiter = ',',
         value_name = "LIST",
-        default_value = "precopy,precopy-zstd,flimcd",
+        default_value = "precopy,precopy-zstd,flimcd,flimcd-base",
         help = "Strategies to compare, in this order: precopy (as QEMU's mirror: non-zero blocks raw, in \
-                rounds), precopy-zstd, postcopy, flimcd"
+                rounds), precopy-zstd, postcopy, flimcd, flimcd-base (with a base image at the target)"
     )]
     pub(crate) strategies: Vec<DemoStrategy>,
+    /// How much of the image differs from the base image in the target's library, in percent
+    #[arg(long, value_name = "PERCENT", default_value_t = 10, value_parser = clap::value_parser!(u8).range(..=100))]
+    pub(crate) base_differs: u8,
     /// The guest: synthetic, or trace:FILE to replay a recorded disk (CloudPhysics vscsi)
     #[arg(long, default_value = "synthetic", value_name = "LOAD")]
     pub(crate) load: LoadArg,
@@ -72,14 +75,17 @@ pub(crate) enum DemoStrategy {
     PrecopyZstd,
     Postcopy,
     Flimcd,
+    /// `flimcd`, with a base image in the target's library.
+    FlimcdBase,
 }
 
 impl DemoStrategy {
-    const ALL: [Self; 4] = [
+    const ALL: [Self; 5] = [
         Self::Precopy,
         Self::PrecopyZstd,
         Self::Postcopy,
         Self::Flimcd,
+        Self::FlimcdBase,
     ];
 
     pub(crate) const fn name(self) -> &'static str {
@@ -88,6 +94,7 @@ impl DemoStrategy {
             Self::PrecopyZstd => "precopy-zstd",
             Self::Postcopy => "postcopy",
             Self::Flimcd => "flimcd",
+            Self::FlimcdBase => "flimcd-base",
         }
     }
 
@@ -97,8 +104,13 @@ impl DemoStrategy {
             Self::Precopy => (Strategy::Precopy, false),
             Self::PrecopyZstd => (Strategy::Precopy, true),
             Self::Postcopy => (Strategy::Postcopy, true),
-            Self::Flimcd => (Strategy::Flimcd, true),
+            Self::Flimcd | Self::FlimcdBase => (Strategy::Flimcd, true),
         }
+    }
+
+    /// Whether it may use the base image in the target's library.
+    pub(crate) const fn uses_base(self) -> bool {
+        matches!(self, Self::FlimcdBase)
     }
 }
 

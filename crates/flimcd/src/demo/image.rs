@@ -27,6 +27,60 @@ pub(super) struct DemoImage {
     pub(super) facts: ImageFacts,
 }
 
+/// The base image in the target's library, for those strategies that use it.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct BaseFacts {
+    /// Share of the image's chunks with data that are others there, in percent, as it came out.
+    pub(super) differs_percent: f64,
+    /// Bytes of those chunks, non-zero blocks only, as the agents encode them.
+    pub(super) encoded_bytes: u64,
+}
+
+/// What of the image differs is drawn for runs of so many chunks: 1 MiB.
+const RUN_CHUNKS: u64 = 16;
+
+/// Makes a base image like `image` at `to`, of which about so many percent are another content. Blocks.
+pub(super) fn make_base(
+    image: &Path,
+    to: &Path,
+    percent: u8,
+    seed: u64,
+) -> anyhow::Result<BaseFacts> {
+    copy_sparse(image, to).context("the base image cannot be made")?;
+    let file = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(to)?;
+    let size = VolumeSize::new(file.metadata()?.len())?;
+    let mut encoder = Encoder::new(Compression::DEFAULT);
+    let (mut with_data, mut differing, mut encoded) = (0u64, 0u64, 0u64);
+    let mut buffer = Vec::new();
+    for chunk in (0..size.chunks()).map(flimcd_core::ChunkIndex) {
+        let blocks = BlockRange::new(chunk.blocks().start, chunk.blocks().end.min(size.blocks()));
+        let bytes = blocks.bytes(size);
+        buffer.resize(usize::try_from(bytes.len())?, 0);
+        file.read_exact_at(&mut buffer, bytes.start)?;
+        if is_zero(&buffer) {
+            continue;
+        }
+        with_data += 1;
+        let draw = flimcd_content::Fingerprint::of(
+            &[seed, chunk.0 / RUN_CHUNKS].map(u64::to_le_bytes).concat(),
+        );
+        if u32::from(draw.as_bytes()[0]) * 100 < u32::from(percent) * 256 {
+            differing += 1;
+            encoded += encoder.encode(blocks, &buffer).payload.len() as u64;
+            buffer.iter_mut().for_each(|byte| *byte ^= 0x5a);
+            file.write_all_at(&buffer, bytes.start)?;
+        }
+    }
+    file.sync_all()?;
+    Ok(BaseFacts {
+        differs_percent: differing as f64 * 100.0 / with_data.max(1) as f64,
+        encoded_bytes: encoded,
+    })
+}
+
 /// What the report says of the image.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct ImageFacts {

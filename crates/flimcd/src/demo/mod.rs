@@ -21,6 +21,7 @@ mod world;
 use std::{path::Path, pin::pin, process::ExitCode, time::Duration};
 
 use anyhow::Context as _;
+use flimcd_agent::api::{AddLibraryImage, LibraryState};
 use flimcd_lab::report::{DemoReport, LinkReport, LowerBound};
 
 use crate::{
@@ -92,13 +93,22 @@ async fn demo(dir: &Path, args: &DemoArgs, reaper: &Reaper) -> anyhow::Result<De
         format::bytes(image.facts.encoded_bytes)
     );
     let world = World::start(dir, args, reaper).await?;
-    let bound = report::bound(&image.facts, &args.link);
+    let bound = report::bound(image.facts.encoded_bytes, &args.link);
     introduce(&world, &guest, &bound, args);
+    let base = match args.strategies.iter().any(|strategy| strategy.uses_base()) {
+        true => Some(prepare_base(&world, &image, args).await?),
+        false => None,
+    };
+    let base_bound = base
+        .as_ref()
+        .map(|base| report::bound(base.encoded_bytes, &args.link));
+    println!();
     let setting = Setting {
         world: &world,
         image: &image,
         guest: &guest,
         bound: &bound,
+        base_bound: base_bound.as_ref(),
     };
     let mut strategies = Vec::new();
     for &strategy in &args.strategies {
@@ -116,6 +126,7 @@ async fn demo(dir: &Path, args: &DemoArgs, reaper: &Reaper) -> anyhow::Result<De
     }
     let settings = Settings {
         image: &image.facts,
+        base: base.as_ref(),
         load: &guest.facts,
         lower_bound_is: BOUND_HOW,
     };
@@ -150,7 +161,43 @@ fn introduce(world: &World, guest: &GuestPlan, bound: &LowerBound, args: &DemoAr
         "bound    {}: {BOUND_HOW}",
         format::seconds(bound.migration_time_s)
     );
-    println!();
+}
+
+/// Puts a base image into the target's library, for those strategies that use it.
+async fn prepare_base(
+    world: &World,
+    image: &image::DemoImage,
+    args: &DemoArgs,
+) -> anyhow::Result<image::BaseFacts> {
+    let path = world.target.images().join("demo-base.raw");
+    let (from, to) = (image.path.clone(), path.clone());
+    let (percent, seed) = (args.base_differs, args.seed);
+    let base = blocking(move || image::make_base(&from, &to, percent, seed)).await?;
+    let request = AddLibraryImage {
+        name: None,
+        path,
+        tenant: None,
+        public: false,
+        copy: false,
+    };
+    let added = world.target.client.add_library_image(&request);
+    let mut added = added.await.map_err(|error| world.target.explain(error))?;
+    while added.state == LibraryState::Scanning {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        let asked = world.target.client.library_image(&added.name).await;
+        added = asked.map_err(|error| world.target.explain(error))?;
+    }
+    if let Some(problem) = added.problem {
+        anyhow::bail!("the base image cannot be used: {problem}");
+    }
+    println!(
+        "base     an image in the library of {}, of which {:.1}% of the image's chunks with data differ; \
+         flimcd-base alone uses it (its bound: {})",
+        world::TARGET,
+        base.differs_percent,
+        format::seconds(report::bound(base.encoded_bytes, &args.link).migration_time_s)
+    );
+    Ok(base)
 }
 
 fn conclude(report: &DemoReport, args: &DemoArgs) -> anyhow::Result<ExitCode> {

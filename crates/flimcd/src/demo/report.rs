@@ -7,21 +7,22 @@ use flimcd_lab::report::{DemoReport, LowerBound};
 use flimcd_lab::wan::LinkModel;
 use serde::Serialize;
 
-use super::image::ImageFacts;
+use super::image::{BaseFacts, ImageFacts};
 
 /// How [`bound`] is computed, for people.
 pub(super) const BOUND_HOW: &str =
     "the image's non-zero blocks at the start, zstd level 1 in chunks of 64 KiB, ÷ rate + 1 RTT";
 
-/// What no strategy that copies the image can beat.
-pub(super) fn bound(image: &ImageFacts, link: &LinkModel) -> LowerBound {
-    LowerBound::new(image.encoded_bytes, link)
+/// What no strategy that copies so much can beat.
+pub(super) fn bound(encoded_bytes: u64, link: &LinkModel) -> LowerBound {
+    LowerBound::new(encoded_bytes, link)
 }
 
 /// Settings that make the same run again.
 #[derive(Debug, Serialize)]
 pub(super) struct Settings<'a> {
     pub(super) image: &'a ImageFacts,
+    pub(super) base: Option<&'a BaseFacts>,
     pub(super) load: &'a LoadFacts,
     pub(super) lower_bound_is: &'static str,
 }
@@ -51,6 +52,8 @@ pub(super) struct Details {
     /// Bytes of blocks that the guest dirtied anew during the migration.
     pub(super) guest_dirty_bytes: u64,
     pub(super) missing_blocks_at_switch: Option<u64>,
+    /// How content travelled.
+    pub(super) content: flimcd_agent::api::ContentStats,
     /// The target's disk, read through NBD at the end and compared with what it must hold.
     pub(super) final_check_bytes: u64,
     /// The first wrong places, from reads and from the final check, as text.

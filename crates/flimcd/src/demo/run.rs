@@ -40,6 +40,8 @@ pub(super) struct Setting<'a> {
     pub(super) image: &'a DemoImage,
     pub(super) guest: &'a GuestPlan,
     pub(super) bound: &'a LowerBound,
+    /// The same with a base image at the target.
+    pub(super) base_bound: Option<&'a LowerBound>,
 }
 
 /// Moves a fresh copy of the image under load.
@@ -88,6 +90,15 @@ struct Outcome {
 }
 
 impl Run<'_> {
+    /// The lower bound of this strategy.
+    fn bound(&self) -> LowerBound {
+        let base = self
+            .setting
+            .base_bound
+            .filter(|_| self.strategy.uses_base());
+        *base.unwrap_or(self.setting.bound)
+    }
+
     /// Imports a copy of the image at the source and starts the guest on it.
     async fn begin(&self) -> anyhow::Result<Arc<LoadHandle>> {
         let source = &self.setting.world.source;
@@ -127,6 +138,7 @@ impl Run<'_> {
             bandwidth_bytes_per_sec: None,
             switchover: Switchover::Auto,
             compress: Some(compress),
+            library: Some(self.strategy.uses_base()),
         };
         let mut progress = Progress::new(format!("{:>12}", self.strategy.name()));
         let bytes_before = world.relay.counters().bytes();
@@ -266,7 +278,7 @@ impl Run<'_> {
         let migration_time_s = outcome.migration_time.as_secs_f64();
         let details = Details {
             time_to_switch_s: outcome.time_to_switch.as_secs_f64(),
-            migration_time_to_lower_bound: migration_time_s / self.setting.bound.migration_time_s,
+            migration_time_to_lower_bound: migration_time_s / self.bound().migration_time_s,
             guest_reads_total: total.reads.ops,
             guest_writes_total: total.writes.ops + total.zeroes.ops,
             guest_reads_at_target: outcome.target.guest_reads,
@@ -276,6 +288,7 @@ impl Run<'_> {
                 .source
                 .missing_blocks_at_switch
                 .or(outcome.target.missing_blocks_at_switch),
+            content: outcome.source.content,
             final_check_bytes: check.bytes,
             wrong: total
                 .wrong
@@ -304,7 +317,9 @@ impl Run<'_> {
                 .max(outcome.downtime.as_secs_f64() * 1e3),
             guest_errors: total.errors + total.unanswered,
             final_blocks_wrong: check.wrong_granules,
-            lower_bound: Some(*self.setting.bound),
+            same_place_bytes: outcome.source.content.same_blocks * flimcd_core::BLOCK_SIZE,
+            zero_bytes: outcome.source.content.zero_blocks * flimcd_core::BLOCK_SIZE,
+            lower_bound: Some(self.bound()),
             error: None,
             details: serde_json::to_value(details).unwrap_or_default(),
         }

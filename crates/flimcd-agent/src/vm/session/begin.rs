@@ -66,6 +66,7 @@ impl Agent {
             bandwidth_bytes_per_sec: request.bandwidth_bytes_per_sec,
             switchover: Switchover::Manual,
             compress: None,
+            library: None,
         };
         if let Err(error) = self.begin_migration(volumes, disks, Some(record.id)).await {
             let (store, id) = (self.moves_store.clone(), record.id);
