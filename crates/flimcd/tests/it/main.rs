@@ -3,6 +3,7 @@
 
 mod by_hand;
 mod demo;
+mod library;
 mod messages;
 mod util;
 mod vm_care;
