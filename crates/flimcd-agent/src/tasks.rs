@@ -61,7 +61,10 @@ async fn run_source(
         let (volumes, record) = (volumes.clone(), record.clone());
         let asks = policy.uses_library();
         let prepare = move || {
-            let (start, data) = prepare(&volumes, &record, is_fresh)?;
+            let (mut start, data) = prepare(&volumes, &record, is_fresh)?;
+            if let (SourceStart::Fresh { data }, true) = (&mut start, asks) {
+                *data = volumes.whole_chunks(data);
+            }
             let sample = if asks {
                 volumes.sample(&data)
             } else {

@@ -279,6 +279,20 @@ impl VolumeSet {
         sample
     }
 
+    /// Whole chunks around these blocks, as far as the volumes go. Holes inside of a chunk cost nothing on the link,
+    /// and only whole chunks can be found in an image of a library.
+    pub(crate) fn whole_chunks(&self, blocks: &BlockSet) -> BlockSet {
+        let mut whole = blocks.clone();
+        for volume in self.layout.all_blocks() {
+            for run in blocks.runs_in(volume) {
+                let start = run.start / BLOCKS_PER_CHUNK * BLOCKS_PER_CHUNK;
+                let end = run.end.next_multiple_of(BLOCKS_PER_CHUNK).min(volume.end);
+                whole.insert_range(BlockRange::new(start, end));
+            }
+        }
+        whole
+    }
+
     /// Parks guest requests from now on.
     pub(crate) fn freeze(&self) {
         for volume in &self.volumes {
