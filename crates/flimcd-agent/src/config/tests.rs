@@ -22,13 +22,17 @@ fn the_example_is_valid_and_has_the_defaults() {
 /// The example with every commented-out key switched on is valid too.
 #[test]
 fn the_keys_that_the_example_comments_out_exist() {
+    // A table that is commented out ends where the comment does.
+    let mut in_table = false;
     let text: String = EXAMPLE
         .lines()
         .map(|line| {
+            in_table = line.starts_with("# [[") || (in_table && line.starts_with('#'));
             let key = line.strip_prefix("# ").filter(|rest| {
-                rest.split_once(" = ").is_some_and(|(key, _)| {
-                    key.bytes().all(|b| b.is_ascii_lowercase() || b == b'_')
-                })
+                in_table
+                    || rest.split_once(" = ").is_some_and(|(key, _)| {
+                        key.bytes().all(|b| b.is_ascii_lowercase() || b == b'_')
+                    })
             });
             format!("{}\n", key.unwrap_or(line))
         })
