@@ -475,6 +475,51 @@ fn what_is_refused_says_why_and_changes_nothing() {
     assert!(can_be_opened(&lab.path().join("one.raw")));
 }
 
+/// The agent was away, and somebody has started the machine again on its plain files: they are its own.
+#[test]
+fn a_machine_started_again_on_its_files_keeps_them() {
+    let Some(tools) = tools() else { return };
+    let lab = Lab::new();
+    let dir = lab.configure("berlin", "berlin", "lisbon", None);
+    let agent = Agent::start(&dir);
+    let spec = GuestSpec {
+        disk_bytes: 32 << 20,
+        load_bytes: 4 << 20,
+        content_bytes: 1 << 20,
+        ..GuestSpec::default()
+    };
+    let image = GuestImage::build(tools, lab.path(), &spec).unwrap();
+    let mut machine = QemuSpec::new("vm1", &lab.path().join("qemu"), &image);
+    machine.disks = vec![DiskSpec::new("disk0", &image.disks[0])];
+    machine.is_paused = true;
+    let first = machine.spawn(tools).unwrap();
+    let qmp = machine.qmp();
+    let adopt = ["vm", "adopt", "--qmp", qmp.to_str().unwrap()];
+    agent.run(&adopt).ok();
+    drop((agent, first));
+    let second = machine.spawn(tools).unwrap();
+    // Its monitor greets once it has its disks.
+    until("the second QEMU", || {
+        UnixStream::connect(second.lab_qmp()).ok()
+    });
+    assert!(!nodes(&second).is_empty());
+    // It waits for the locks of the image for half a minute, as they could be those of the agent before.
+    let agent = Agent::start(&dir);
+    let shown = agent.json(&["vm", "show", "vm1", "--json"]);
+    let why = shown["disks"][0]["refused"].as_str().unwrap();
+    assert!(why.contains("flimcd vm release vm1"), "{shown}");
+    let volume = agent.json(&["volume", "show", "vm1-disk0-dev", "--json"]);
+    assert!(volume["export"].is_null(), "{volume}");
+    agent.run(&["vm", "release", "vm1"]).ok();
+    assert!(second.is_running());
+    let volumes = agent.json(&["volume", "list", "--json"]);
+    assert_eq!(volumes, Value::Array(vec![]));
+    // It can come into care again, and then a second QEMU is refused.
+    agent.run(&adopt).ok();
+    assert!(!can_be_opened(&image.disks[0]));
+    agent.run(&["vm", "release", "vm1"]).ok();
+}
+
 /// Not part of a normal run: how long guests wait for their disks at most while they are taken and given back.
 /// `cargo test -p flimcd --test it stalls -- --ignored --nocapture`
 #[test]
