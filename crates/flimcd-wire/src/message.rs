@@ -153,7 +153,7 @@ pub enum Message {
 
     /// Answer to `SeedAsk`: the image that `Content::Same` is about from now on, if there is one.
     SeedOffer(Option<SeedOffer>),
-    /// A part of the table of the seed that was offered. Parts come in any order.
+    /// A part of the table of the seed that was offered, after the offer on the same class.
     SeedPart(SeedPart),
     /// The seed does not hold what a message says it does. The message counts as not arrived.
     Lacking {

@@ -441,7 +441,7 @@ impl TargetMachine {
             ));
         }
         if !has_room(Class::Control) {
-            return self.next_part(has_room);
+            return None;
         }
         // What is durable must be acknowledged first, and `Accept` comes before everything.
         if self.accepted
@@ -457,14 +457,9 @@ impl TargetMachine {
         }
         match self.control.pop_front() {
             Some(message) => Some((Class::Control, message)),
-            None => self.next_part(has_room),
+            // On the class of the offer, which it must not overtake.
+            None => self.seeding.next_part().map(|part| (Class::Control, part)),
         }
-    }
-
-    /// What is least urgent of all.
-    fn next_part(&mut self, has_room: &dyn Fn(Class) -> bool) -> Option<(Class, Message)> {
-        let part = has_room(Class::Bulk).then(|| self.seeding.next_part());
-        part.flatten().map(|part| (Class::Bulk, part))
     }
 
     /// The next thing to tell.
