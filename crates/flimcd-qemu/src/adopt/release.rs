@@ -15,7 +15,8 @@ use crate::{
 
 /// Puts `image` in the place of the export, with the options as they were before [`adopt`](super::adopt).
 /// It must have the export's content: it is the same file. The exporter must have let its locks go.
-/// A disk that is on `image` already is fine.
+/// A disk that is on `image` already is fine. At a migration's target, memory should have arrived: a request
+/// that waits for its page would hold the swap up.
 ///
 /// # Errors
 /// [`AdoptError`]; unless it says otherwise, the disk is on its export as before.

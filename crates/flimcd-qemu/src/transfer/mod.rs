@@ -47,8 +47,8 @@
 //!
 //! # QEMU 7.2
 //! Pre-copy, post-copy, cancelling, resuming at either side and the requests to the disks are the same. In
-//! `pre-switchover` it does not say that the stream is broken (a post-copy that then goes on was not tried); it exits when an
-//! incoming migration fails; and it says `postmigrate` of a guest that was paused before a cancelled migration.
+//! `pre-switchover` it does not say that the stream is broken; a post-copy that then goes on fails and leaves the guest
+//! in `postmigrate`, from where it can be resumed; it exits when an incoming migration fails; and it says `postmigrate` of a guest that was paused before a cancelled migration.
 
 mod incoming;
 mod outgoing;
