@@ -506,6 +506,8 @@ Examples:\n  flimcd bench nbd\n  flimcd bench nbd --dir /var/tmp --size 4GiB --j
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
     },
+    /// Moving a running machine, beside QEMU's own migration (needs root and QEMU)
+    Vm(crate::commands::bench_vm::BenchVmArgs),
     /// The server that `bench nbd` measures, in a process of its own
     #[command(
         hide = true,

@@ -7,12 +7,14 @@
 //! ```
 
 use std::{
-    path::Path,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, bail};
-use flimcd_agent::api::{AdoptVm, Client, MoveVm, VmMoveStatus, VmPhase};
+use flimcd_agent::api::{
+    AddLibraryImage, AdoptVm, Client, LibraryState, MoveVm, VmMoveStatus, VmPhase,
+};
 use flimcd_core::VolumeName;
 use flimcd_lab::{
     vm::{AgentError, Agents, Arriving, ClientReport, LoadSummary, Stage},
@@ -62,8 +64,8 @@ pub(crate) struct MoveOptions {
     pub(crate) request: MoveVm,
     /// Seconds of load at the target that still belong to the result.
     pub(crate) settle_s: usize,
-    /// Library images that the target has: `flimcd library add` is done for each.
-    pub(crate) library: Vec<std::path::PathBuf>,
+    /// Images in the target's library.
+    pub(crate) library: Vec<PathBuf>,
 }
 
 /// Site that the guest moves to.
@@ -98,6 +100,7 @@ impl Two {
         options: &MoveOptions,
         mut show: impl FnMut(&VmMoveStatus),
     ) -> anyhow::Result<Moved> {
+        self.fill_library(&options.library).await?;
         let before = stage.source.load_lines();
         let adopting = Instant::now();
         let adopted = self
@@ -152,6 +155,25 @@ impl Two {
             verified,
             complaints: [stage.source.complaints(), self.target.complaints()].concat(),
         })
+    }
+
+    /// Puts images into the target's library, and waits until they have been read.
+    async fn fill_library(&self, images: &[PathBuf]) -> anyhow::Result<()> {
+        let target = Client::new(self.agents.at(Side::B).api_socket());
+        for path in images {
+            let request = AddLibraryImage {
+                name: None,
+                path: path.clone(),
+                tenant: None,
+                public: true,
+                copy: false,
+            };
+            let name = target.add_library_image(&request).await?.name;
+            while target.library_image(&name).await?.state != LibraryState::Ready {
+                tokio::time::sleep(POLL).await;
+            }
+        }
+        Ok(())
     }
 
     /// Follows the move to its end. Also says when the guest ran at the target.

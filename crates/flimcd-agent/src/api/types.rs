@@ -415,7 +415,7 @@ impl MigrationStatus {
 pub struct ContentStats {
     /// Blocks of zeroes: no bytes.
     pub zero_blocks: u64,
-    /// Blocks that the target has at the same place in an image of its library: 2 bytes each.
+    /// Blocks that the target has at the same place in an image of its library: about 5 bytes each.
     pub same_blocks: u64,
     /// Blocks that were compressed.
     pub compressed_blocks: u64,

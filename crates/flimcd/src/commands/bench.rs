@@ -58,6 +58,10 @@ pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
             };
             bench_nbd(options, json.as_deref())
         }
+        BenchCommand::Vm(args) => {
+            super::bench_vm::run(args)?;
+            Ok(ExitCode::SUCCESS)
+        }
         BenchCommand::NbdServe { image, socket } => {
             nbd::serve(image, socket)?;
             Ok(ExitCode::SUCCESS)

@@ -38,7 +38,7 @@ use crate::{
 pub(crate) use record::{SessionRecord, SessionStore};
 
 /// How often the transfer is looked at while memory goes over.
-const LOOK: std::time::Duration = std::time::Duration::from_millis(20);
+const LOOK: std::time::Duration = std::time::Duration::from_millis(5);
 /// How often the status is published while nothing special happens.
 const PUBLISH: std::time::Duration = std::time::Duration::from_millis(100);
 /// Moves that are remembered after their end.

@@ -318,7 +318,10 @@ impl SourceSession {
             transfer.rate_bytes_per_sec = self.rate.update(Instant::now(), read);
         }
         self.record.status.ram_bytes_left = transfer.remaining_bytes;
-        self.record.status.ram_rounds = transfer.syncs;
+        // QEMU forgets them when it ends.
+        if transfer.syncs > 0 {
+            self.record.status.ram_rounds = transfer.syncs;
+        }
         self.machine.handle_transfer(now, transfer);
     }
 
