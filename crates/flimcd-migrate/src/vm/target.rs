@@ -89,10 +89,10 @@ impl VmTarget {
     }
 
     /// A message of the source, other than those of the stream.
-    pub fn handle_message(&mut self, message: VmMessage) {
+    pub fn handle_message(&mut self, message: &VmMessage) {
         match message {
             VmMessage::Open(_) => self.handle_open(),
-            VmMessage::Prepare { attempt } => self.handle_prepare(attempt),
+            VmMessage::Prepare { attempt } => self.handle_prepare(*attempt),
             VmMessage::Cancel => self.handle_ended(),
             VmMessage::Finished if self.phase == VmTargetPhase::Running => {
                 self.set_phase(VmTargetPhase::Completed);

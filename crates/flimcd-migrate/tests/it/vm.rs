@@ -288,7 +288,7 @@ impl World {
             return false;
         };
         self.say(format!("► {message:?}"));
-        self.target.as_mut().unwrap().handle_message(message);
+        self.target.as_mut().unwrap().handle_message(&message);
         true
     }
 

@@ -4,7 +4,10 @@
 
 use std::{
     path::Path,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -34,6 +37,8 @@ struct World {
     stage: Stage,
     client: Client,
     vm: VolumeName,
+    /// Files that were written for checks.
+    marks: AtomicUsize,
     runtime: tokio::runtime::Runtime,
     _dir: TempDir,
     _turn: MutexGuard<'static, ()>,
@@ -101,6 +106,7 @@ impl World {
             stage,
             client,
             vm,
+            marks: AtomicUsize::new(0),
             runtime,
             _dir: dir,
             _turn: turn,
@@ -161,7 +167,8 @@ impl World {
 
     /// The guest finds all that it ever wrote, wherever it runs, and its load goes on.
     fn check_guest(&self) {
-        self.ask("mark after 256");
+        let number = self.marks.fetch_add(1, Ordering::Relaxed);
+        self.ask(&format!("mark after{number} 256"));
         let before = self.ask("status");
         let start = Instant::now();
         while self.ask("status") == before {
@@ -177,10 +184,14 @@ impl World {
     /// The guest is at the target and nowhere else, whole.
     fn check_moved(self) {
         self.check_guest();
-        assert!(
-            !self.arriving.load_lines().is_empty(),
-            "the guest does not run at the target"
-        );
+        let start = Instant::now();
+        while self.arriving.load_lines().is_empty() {
+            assert!(
+                start.elapsed() < PATIENCE,
+                "the guest does not run at the target"
+            );
+            std::thread::sleep(POLL);
+        }
         assert!(
             !self.stage.source.is_running(),
             "the source's machine is still there"

@@ -218,7 +218,7 @@ impl TargetSession {
                         pump.handle_message(message, credit);
                     }
                 } else {
-                    self.machine.handle_message(message);
+                    self.machine.handle_message(&message);
                 }
             }
             Event::Link(LinkInput::Message(..)) => {}

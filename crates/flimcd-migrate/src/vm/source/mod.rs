@@ -224,7 +224,7 @@ impl VmSource {
         let error = WireError::new(ErrorCode::OTHER, text);
         match action {
             VmSourceAction::Start { .. } | VmSourceAction::Finish | VmSourceAction::Continue => {
-                self.handle_broken(error)
+                self.handle_broken(error);
             }
             // Because it is nearly done, or cannot: either way all of it goes before the switch.
             VmSourceAction::StartPostcopy => {
