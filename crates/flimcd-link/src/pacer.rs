@@ -53,6 +53,9 @@ const WINDOW_MIN: Duration = Duration::from_millis(100);
 const SHRINK: f64 = 0.985;
 /// Least share of the best measurement that shrinking may reach.
 const SHRINK_FLOOR: f64 = 0.5;
+/// Least pace in bytes per second. What a slower one would keep out of a queue is worth less than what it costs when the
+/// estimate is wrong: agents that are starved of their processor deliver little, which looks like a slow network.
+const PACE_MIN: f64 = 1e6;
 /// Bytes that must have been delivered in a window that had not always something to send, for it to
 /// say anything about the link.
 const LEAST_BYTES: u64 = 1 << 20;
@@ -148,7 +151,7 @@ impl Pacer {
             Stage::Probe { gain, .. } => gain,
             Stage::Drain { .. } => DRAIN,
         };
-        Some(self.estimate()? * gain)
+        Some((self.estimate()? * gain).max(PACE_MIN))
     }
 
     /// Takes a sample. Call every 50 ms or so.

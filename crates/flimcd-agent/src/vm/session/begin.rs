@@ -43,7 +43,7 @@ impl Agent {
         }
         let qmp = self.vms.qmp(vm).await?;
         let described = describe(&qmp, &record, &request).await;
-        let (description, was_running) =
+        let description =
             described.map_err(|why| refuse(ApiCode::Qemu, why, "nothing was changed"))?;
         let status = fresh_status(
             vm,
@@ -51,7 +51,7 @@ impl Agent {
             request.to.clone(),
             description.memory_bytes,
         );
-        let record = SessionRecord::new(status, Some(request.clone()), was_running, description);
+        let record = SessionRecord::new(status, Some(request.clone()), description);
         let volumes: Vec<_> = record
             .description
             .disks
@@ -238,7 +238,7 @@ impl Agent {
             .map_err(|error| format!("at site {site}: {error}"))?;
         let mut status = fresh_status(name, Role::Target, peer.clone(), description.memory_bytes);
         status.id = id;
-        let record = SessionRecord::new(status, None, true, description);
+        let record = SessionRecord::new(status, None, description);
         Ok((record, command, working))
     }
 
@@ -350,12 +350,12 @@ impl Agent {
     }
 }
 
-/// What the target has to know, and whether the guest runs.
+/// What the target has to know.
 async fn describe(
     qmp: &Qmp,
     record: &crate::vm::VmRecord,
     request: &MoveVm,
-) -> Result<(Description, bool), String> {
+) -> Result<Description, String> {
     let found = flimcd_qemu::inspect(qmp)
         .await
         .map_err(|error| error.to_string())?;
@@ -378,11 +378,12 @@ async fn describe(
     let description = Description {
         qemu: found.version.to_string(),
         memory_bytes: found.memory_bytes,
+        was_running,
         postcopy: request.ram != RamMode::Precopy,
         release: request.release,
         disks: disks.collect(),
     };
-    Ok((description, was_running))
+    Ok(description)
 }
 
 fn fresh_status(

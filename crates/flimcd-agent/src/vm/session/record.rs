@@ -24,6 +24,8 @@ pub(crate) struct Description {
     pub(crate) qemu: String,
     /// The guest's memory.
     pub(crate) memory_bytes: u64,
+    /// Whether the guest ran when the move began, and goes on at the target.
+    pub(crate) was_running: bool,
     /// Whether memory may follow the switch.
     pub(crate) postcopy: bool,
     /// Whether the target gives the disks back as plain files at the end.
@@ -62,8 +64,6 @@ pub(crate) struct SessionRecord {
     pub(crate) peer: SiteName,
     /// What was asked for; at the source only.
     pub(crate) request: Option<MoveVm>,
-    /// Source: whether the guest ran when the move began.
-    pub(crate) was_running: bool,
     pub(crate) description: Description,
     /// Target: the last attempt's machine.
     pub(crate) launched: Option<Launched>,
@@ -75,7 +75,6 @@ impl SessionRecord {
     pub(crate) fn new(
         status: VmMoveStatus,
         request: Option<MoveVm>,
-        was_running: bool,
         description: Description,
     ) -> Self {
         Self {
@@ -85,7 +84,6 @@ impl SessionRecord {
             vm: status.vm.clone(),
             peer: status.peer.clone(),
             request,
-            was_running,
             description,
             launched: None,
             status,

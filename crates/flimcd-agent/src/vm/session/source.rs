@@ -455,6 +455,6 @@ fn config(record: &SessionRecord) -> VmSourceConfig {
             api::RamMode::Auto => RamMode::Auto,
         },
         downtime_max: Duration::from_millis(downtime_ms.unwrap_or(DOWNTIME_MS)),
-        was_running: record.was_running,
+        was_running: record.description.was_running,
     }
 }

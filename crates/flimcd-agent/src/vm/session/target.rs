@@ -550,10 +550,11 @@ impl Steps {
     /// Lets the guest run and takes the machine under care.
     async fn go(&mut self) -> Result<(), String> {
         let qmp = self.qmp.clone().ok_or("there is no machine")?;
-        transfer::resume_guest(&qmp)
-            .await
-            .map_err(|error| error.to_string())?;
-        // The guest runs; whatever fails from here on is put right by a person.
+        if self.record.description.was_running {
+            let resumed = transfer::resume_guest(&qmp).await;
+            resumed.map_err(|error| error.to_string())?;
+        }
+        // It is there; whatever fails from here on is put right by a person.
         if let Err(why) = self.take_under_care(&qmp).await {
             tracing::error!(vm = %self.record.vm, "taking the machine that arrived under care failed: {why}");
         }
