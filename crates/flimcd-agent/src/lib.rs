@@ -36,6 +36,7 @@ mod vm;
 extern crate self as flimcd_agent;
 /// Whole agents for tests that need what the API does not show.
 #[cfg(test)]
+#[allow(clippy::print_stderr, reason = "a test that failed shows the log")]
 #[path = "../tests/it/site.rs"]
 #[allow(dead_code, reason = "other tests use the rest")]
 mod site;

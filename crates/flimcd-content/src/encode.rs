@@ -87,7 +87,7 @@ impl Encoder {
         same: ChunkPrefix,
     ) -> Encoded {
         assert!(
-            range.len() == BLOCKS_PER_CHUNK && range.start % BLOCKS_PER_CHUNK == 0,
+            range.len() == BLOCKS_PER_CHUNK && range.start.is_multiple_of(BLOCKS_PER_CHUNK),
             "{range:?} is not a chunk"
         );
         // Nothing is shorter than zeroes, and to look for them is faster than to hash.

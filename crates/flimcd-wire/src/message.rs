@@ -301,7 +301,8 @@ impl Entry {
     /// Whether it begins and ends where chunks do.
     #[must_use]
     pub const fn is_whole_chunks(self) -> bool {
-        self.range.start % BLOCKS_PER_CHUNK == 0 && self.range.end % BLOCKS_PER_CHUNK == 0
+        self.range.start.is_multiple_of(BLOCKS_PER_CHUNK)
+            && self.range.end.is_multiple_of(BLOCKS_PER_CHUNK)
     }
 }
 

@@ -313,12 +313,12 @@ impl Library {
 
     fn candidate(&self, record: &ImageRecord) -> Option<Candidate> {
         let root = parse_root(record.whole.as_ref()?.root.as_ref()?)?;
-        let opened = image::open(&record.path).and_then(|(file, identity)| {
+        let opened = image::open(&record.path).map(|(file, identity)| {
             let table = LeafTable::open(
                 &record::table_path(&self.dir, &record.name),
                 identity.chunks(),
             );
-            Ok((file, identity, table))
+            (file, identity, table)
         });
         match opened {
             Ok((file, identity, Ok(table))) if identity == record.identity => Some(Candidate {

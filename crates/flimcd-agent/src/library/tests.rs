@@ -254,7 +254,7 @@ fn a_restart_goes_on_and_removal_leaves_nothing_but_the_image() {
     at.library.scan(&name, || false);
     let library = Library::open(at.library.dir.clone()).unwrap();
     assert_eq!(library.get(&name).unwrap().state, LibraryState::Scanning);
-    assert_eq!(library.unfinished(), [name.clone()]);
+    assert_eq!(library.unfinished(), std::slice::from_ref(&name));
     library.scan(&name, || true);
     let image = library.get(&name).unwrap();
     assert_eq!(

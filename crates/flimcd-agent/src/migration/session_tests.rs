@@ -16,6 +16,7 @@ use crate::{
 const SESSION: MigrationId = MigrationId(0xfeed);
 const SIZES: [usize; 2] = [(1 << 20) + 700, 3 << 20];
 
+#[expect(clippy::cast_possible_truncation, reason = "the low byte is wanted")]
 fn content(number: usize) -> Vec<u8> {
     let stamp = |at: usize| ((at / 7) ^ (at >> 9) ^ number) as u8;
     (0..SIZES[number]).map(stamp).collect()

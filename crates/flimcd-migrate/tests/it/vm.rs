@@ -132,6 +132,10 @@ impl World {
         }
     }
 
+    #[expect(
+        clippy::print_stderr,
+        reason = "a seed that failed tells what happened"
+    )]
     fn say(&mut self, what: impl Into<String>) {
         self.trace.push(what.into());
         if self.is_verbose {

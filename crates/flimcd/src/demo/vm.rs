@@ -66,7 +66,7 @@ pub(super) fn run(args: &DemoArgs) -> anyhow::Result<ExitCode> {
     let mut progress = Progress::new("guest");
     let moved = runtime.block_on(async {
         let go = two.go(&stage, &options, |status: &VmMoveStatus| {
-            progress.show(status)
+            progress.show(status);
         });
         tokio::select! {
             moved = go => moved.map(Some),
