@@ -311,9 +311,10 @@ fn a_link_that_breaks_in_either_phase_only_delays() {
     let status = world.wait("the switch", |status| {
         status.switched_unix_ms.is_some() || status.phase.has_ended()
     });
-    assert_eq!(
-        status.attempt, 1,
-        "memory was sent again from its beginning: {status:#?}"
+    // A guest so idle that QEMU stops it first begins again too, and says so.
+    assert!(
+        status.attempt == 1 || status.notes.iter().all(|note| note.contains("by itself")),
+        "memory was sent again because of the link: {status:#?}"
     );
     cut();
     let status = world.wait_end();

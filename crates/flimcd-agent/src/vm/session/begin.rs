@@ -4,7 +4,8 @@ use flimcd_core::{MigrationId, VolumeName};
 use flimcd_migrate::vm::{VmSourceStart, VmTargetStart};
 use flimcd_qemu::{Qmp, RunState, transfer};
 use flimcd_wire::{Message, VmOpen};
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
+use tokio::time::{Instant, sleep};
 
 use super::{
     record::{Description, MovedDisk, SessionRecord},
@@ -23,6 +24,10 @@ use crate::{
     ops::blocking,
     vm::{CareState, Work, Working},
 };
+
+/// How long a move that has ended may take to clean up.
+const CLEANING_UP: Duration = Duration::from_secs(20);
+const POLL: Duration = Duration::from_millis(20);
 
 impl Agent {
     /// Begins the move of a machine.
@@ -162,24 +167,28 @@ impl Agent {
         open: VmOpen,
         inbox: Inbox,
     ) {
-        let refused = match self.take_vm_in(link, id, &open) {
-            Ok((record, command, working)) => match self.save_move(&record).await {
-                Ok(()) => {
-                    tracing::info!(session = %id, vm = %open.name, from = %link.peer(), "a machine is arriving");
-                    let setup = TargetSetup {
-                        link: link.clone(),
-                        ends: self.moves.begin(&record),
-                        record,
-                        inbox,
-                        working,
-                        command,
-                        qmp: None,
-                        start: VmTargetStart::Fresh,
-                    };
-                    return self.run_target_session(setup, false).await;
-                }
-                Err(error) => error.to_string(),
-            },
+        let taken = async {
+            let (record, command) = self.take_vm_in(link, id, &open)?;
+            let working = self.wait_for_name(&open.name).await?;
+            let saved = self.save_move(&record).await;
+            saved.map_err(|error| error.to_string())?;
+            Ok::<_, String>((record, command, working))
+        };
+        let refused = match taken.await {
+            Ok((record, command, working)) => {
+                tracing::info!(session = %id, vm = %open.name, from = %link.peer(), "a machine is arriving");
+                let setup = TargetSetup {
+                    link: link.clone(),
+                    ends: self.moves.begin(&record),
+                    record,
+                    inbox,
+                    working,
+                    command,
+                    qmp: None,
+                    start: VmTargetStart::Fresh,
+                };
+                return self.run_target_session(setup, false).await;
+            }
             Err(why) => why,
         };
         tracing::warn!(session = %id, vm = %open.name, from = %link.peer(), "refused a machine: {refused}");
@@ -192,13 +201,28 @@ impl Agent {
         self.end_move(ended).await;
     }
 
+    /// Has the machine's name to itself. A move of it that has just ended still cleans up, and the source may be
+    /// faster.
+    async fn wait_for_name(&self, name: &VolumeName) -> Result<Working, String> {
+        let deadline = Instant::now() + CLEANING_UP;
+        loop {
+            match self.vms.begin(name, Work::Arriving) {
+                Ok(working) => return Ok(working),
+                Err(error) if error.code != ApiCode::Busy || Instant::now() >= deadline => {
+                    return Err(format!("at site {}: {error}", self.config.site));
+                }
+                Err(_) => sleep(POLL).await,
+            }
+        }
+    }
+
     /// Checks whether a machine may come.
     fn take_vm_in(
         self: &Arc<Self>,
         link: &Arc<PeerLink>,
         id: MigrationId,
         open: &VmOpen,
-    ) -> Result<(SessionRecord, Vec<String>, Working), String> {
+    ) -> Result<(SessionRecord, Vec<String>), String> {
         let (site, name, peer) = (&self.config.site, &open.name, link.peer());
         if self.moves.is_known(id, peer) {
             return Err("this move has ended at the target; start a new one".to_owned());
@@ -232,14 +256,10 @@ impl Agent {
                 ));
             }
         }
-        let working = self
-            .vms
-            .begin(name, Work::Arriving)
-            .map_err(|error| format!("at site {site}: {error}"))?;
         let mut status = fresh_status(name, Role::Target, peer.clone(), description.memory_bytes);
         status.id = id;
         let record = SessionRecord::new(status, None, description);
-        Ok((record, command, working))
+        Ok((record, command))
     }
 
     // ---- after a restart ----------------------------------------------------------------------
