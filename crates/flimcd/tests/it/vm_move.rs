@@ -39,6 +39,7 @@ struct World {
     vm: VolumeName,
     /// Files that were written for checks.
     marks: AtomicUsize,
+    layout: Layout,
     runtime: tokio::runtime::Runtime,
     _dir: TempDir,
     _turn: MutexGuard<'static, ()>,
@@ -47,6 +48,10 @@ struct World {
 impl World {
     /// `None`, said loudly, where something is missing.
     fn new(link: &str, disks: usize) -> Option<Self> {
+        Self::with(link, disks, Layout::Raw)
+    }
+
+    fn with(link: &str, disks: usize, layout: Layout) -> Option<Self> {
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let tools = match Requirements::check() {
             Ok(tools) => tools,
@@ -80,7 +85,7 @@ impl World {
             seed: 7,
             memory_mib: 128,
             load: LoadSettings::default(),
-            layout: Layout::Raw,
+            layout,
             warm_up_s: 2,
         };
         let stage = Stage::start(&tools, dir.path(), &image, &options).unwrap();
@@ -107,6 +112,7 @@ impl World {
             client,
             vm,
             marks: AtomicUsize::new(0),
+            layout,
             runtime,
             _dir: dir,
             _turn: turn,
@@ -114,10 +120,14 @@ impl World {
     }
 
     fn begin(&self, release: bool) {
+        self.begin_with(release, RamMode::Precopy);
+    }
+
+    fn begin_with(&self, release: bool, ram: RamMode) {
         let request = MoveVm {
             to: Agents::NAMES[1].parse().unwrap(),
             downtime_ms: None,
-            ram: RamMode::Precopy,
+            ram,
             bandwidth_bytes_per_sec: None,
             strategy: Strategy::Flimcd,
             release,
@@ -200,7 +210,15 @@ impl World {
         let _ = self.stage.sites.ask_guest("poweroff");
         self.arriving.wait_gone().unwrap();
         for image in self.arriving.images(self.agents.at(Side::B).dir()).unwrap() {
-            self.stage.tools().check_file_system(&image).unwrap();
+            let tools = self.stage.tools();
+            match self.layout {
+                Layout::Raw => tools.check_file_system(&image).unwrap(),
+                Layout::Overlay => {
+                    let raw = image.with_extension("checked");
+                    tools.raw_copy(&image, &raw).unwrap();
+                    tools.check_file_system(&raw).unwrap();
+                }
+            }
         }
     }
 
@@ -246,6 +264,29 @@ fn two_disks_and_memory_move_under_load_and_are_released() {
     }
     assert!(world.runtime.block_on(target.volumes()).unwrap().is_empty());
     world.agents.at(Side::B).kill();
+    world.check_moved();
+}
+
+#[test]
+fn a_qcow2_disk_moves_and_finds_its_backing_file() {
+    let Some(world) = World::with("200mbit,20ms", 1, Layout::Overlay) else {
+        return;
+    };
+    world.ask("mark before 512");
+    world.begin(true);
+    let status = world.wait_end();
+    assert_eq!(status.phase, VmPhase::Completed, "{status:#?}");
+    world.check_moved();
+}
+
+#[test]
+fn memory_follows_the_switch_when_asked_to() {
+    let Some(world) = World::new("50mbit,20ms", 1) else {
+        return;
+    };
+    world.begin_with(false, RamMode::Postcopy);
+    let status = world.wait_end();
+    assert_eq!(status.phase, VmPhase::Completed, "{status:#?}");
     world.check_moved();
 }
 
