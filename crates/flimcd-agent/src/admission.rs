@@ -212,21 +212,21 @@ impl Agent {
     /// hearing of it, make way.
     async fn supersede(&self, peer: &SiteName, open: &Open) -> Result<(), WireError> {
         for offer in &open.volumes {
-            let Ok(hosted) = self.hosting.get(&offer.name) else {
-                continue;
-            };
-            let is_same = hosted.volume().id() == offer.id;
             let Some((old, running)) = self.registry.running_on(&offer.name) else {
                 continue;
             };
-            if !is_same || running.role != Role::Target || running.peer != *peer {
+            // A volume that is gone already belonged to one that is cleaning up after itself.
+            let is_other = (self.hosting.get(&offer.name))
+                .is_ok_and(|hosted| hosted.volume().id() != offer.id);
+            if is_other || running.role != Role::Target || running.peer != *peer {
                 continue;
             }
             tracing::info!(migration = %old, volume = %offer.name, "makes way for a newer migration");
             let (answer, answered) = tokio::sync::oneshot::channel();
-            if running.commands.send(Command::Cancel(answer)).await.is_ok()
-                && let Ok(Ok(())) = answered.await
-            {
+            // One that takes no commands any more has ended, and only its cleaning up is waited for.
+            let refused = running.commands.send(Command::Cancel(answer)).await.is_ok()
+                && matches!(answered.await, Ok(Err(_)));
+            if !refused {
                 self.registry.wait_ended(old).await;
             }
         }
