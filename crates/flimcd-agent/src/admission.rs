@@ -18,7 +18,7 @@ use flimcd_core::{Epoch, InvalidSize, MigrationId, SiteName, VolumeLayout};
 use flimcd_migrate::{TargetConfig, TargetStart};
 use flimcd_volume::Ownership;
 use flimcd_wire::{
-    Accept, ErrorCode, Message, Open, SeqRuns, SourceStage, TargetStage, VmOpen, WireError,
+    Accept, Base, ErrorCode, Message, Open, SeqRuns, SourceStage, TargetStage, VmOpen, WireError,
 };
 use std::sync::Arc;
 
@@ -263,6 +263,7 @@ async fn answer_ended(link: &Arc<PeerLink>, record: &MigrationRecord, stage: Sou
             incarnation: rand::random(),
             received: SeqRuns::default(),
             stage,
+            bases: Vec::new(),
         })
     };
     if record.status.phase == Phase::Completed {
@@ -294,6 +295,7 @@ pub(crate) fn target_config(record: &MigrationRecord, volumes: &VolumeSet) -> Ta
         size: volumes.layout().size(),
         waits_for_vm: record.session.is_some(),
         incarnation: rand::random(),
+        bases: vec![Base::Zeroes; record.volumes.len()],
     }
 }
 

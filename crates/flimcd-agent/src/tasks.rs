@@ -62,7 +62,7 @@ async fn run_source(
         let asks = policy.uses_library();
         let prepare = move || {
             let (mut start, data) = prepare(&volumes, &record, is_fresh)?;
-            if let (SourceStart::Fresh { data }, true) = (&mut start, asks) {
+            if let (SourceStart::Fresh { data, .. }, true) = (&mut start, asks) {
                 *data = volumes.whole_chunks(data);
             }
             let sample = if asks {
@@ -130,6 +130,7 @@ fn offers(volumes: &VolumeSet, record: &MigrationRecord) -> Vec<VolumeOffer> {
             id,
             name,
             size: volume.size(),
+            base: None,
         }
     };
     let moved = record.volumes.iter().cloned();
@@ -191,7 +192,13 @@ fn prepare(
 ) -> io::Result<(SourceStart, BlockSet)> {
     if is_fresh {
         let data = volumes.start_tracking_fresh()?;
-        return Ok((SourceStart::Fresh { data: data.clone() }, data));
+        return Ok((
+            SourceStart::Fresh {
+                data: data.clone(),
+                changed: None,
+            },
+            data,
+        ));
     }
     let offered = record.epoch.next();
     let stage = settle::source_stage(record.id, offered, &volumes.ownerships());

@@ -104,6 +104,7 @@ impl World {
         let choice = self.seed.as_ref().map(|seed| SeedChoice {
             id: SeedId([1; 16]),
             name: "base".to_owned(),
+            in_place: false,
             table: seed.table.clone().into(),
         });
         self.target_input(move |machine, now| machine.handle_seed(now, choice));

@@ -69,7 +69,10 @@ impl World {
             }
         }
         host.unacked_is_valid = true;
-        self.make_source(SourceStart::Fresh { data });
+        self.make_source(SourceStart::Fresh {
+            data,
+            changed: None,
+        });
     }
 
     fn make_source(&mut self, start: SourceStart) {
@@ -79,6 +82,7 @@ impl World {
                 id: VolumeId(2),
                 name: "vm".parse().expect("a name"),
                 size: self.plan.size,
+                base: None,
             }],
             session: None,
             size: self.plan.size,

@@ -44,6 +44,7 @@ impl World {
             size: self.plan.size,
             waits_for_vm: false,
             incarnation: self.dice.next(),
+            bases: vec![flimcd_wire::Base::Zeroes],
         };
         self.trace(|| format!("target machine: {start:?}"));
         self.target.machine = Some(TargetMachine::new(config, start, self.now));
@@ -128,6 +129,7 @@ impl World {
                         incarnation: self.dice.next(),
                         received: SeqRuns::default(),
                         stage: TargetStage::Incoming,
+                        bases: Vec::new(),
                     };
                     send(self, Message::Accept(accept));
                 }

@@ -25,6 +25,7 @@
 mod frame;
 mod hello;
 mod message;
+mod probe;
 mod seed;
 mod set;
 mod vm;
@@ -35,9 +36,10 @@ pub use hello::{
     decode_hello, decode_reply, encode_hello, encode_reply,
 };
 pub use message::{
-    Accept, Blocks, Class, Content, Entry, ErrorCode, Message, Open, SourceStage, TargetReport,
-    TargetStage, VolumeOffer, WireError,
+    Accept, Base, Blocks, Class, Content, Entry, ErrorCode, Message, Open, SourceStage,
+    TargetReport, TargetStage, VolumeOffer, WireError,
 };
+pub use probe::{BlockPrefix, PROBE_PREFIX_BYTES, Probe, Probed};
 pub use seed::{ChunkPrefix, SampleChunk, SeedId, SeedOffer, SeedPart, SeedTable};
 pub use set::{Runs, SeqRuns, SetPart, split_set};
 pub use vm::{VmMessage, VmOpen, VmStage};

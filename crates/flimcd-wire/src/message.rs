@@ -10,7 +10,8 @@ use flimcd_core::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    DecodeError, Runs, SampleChunk, SeedId, SeedOffer, SeedPart, SeqRuns, SetPart, VmMessage,
+    DecodeError, Probe, Probed, Runs, SampleChunk, SeedId, SeedOffer, SeedPart, SeqRuns, SetPart,
+    VmMessage,
 };
 
 /// Priority of a message on the link, most urgent first.
@@ -97,6 +98,8 @@ pub enum Message {
         payload: Bytes,
     },
 
+    /// Before content is sent: which of these blocks does the target have, anywhere? Answered with `Probed`.
+    Probe(Probe),
     /// After `Open`: what the source would like to find in an image at the target. Answered with `SeedOffer`.
     SeedAsk {
         /// Chunks drawn at random, at most [`limits::MAX_SAMPLE_CHUNKS`].
@@ -155,7 +158,9 @@ pub enum Message {
     SeedOffer(Option<SeedOffer>),
     /// A part of the table of the seed that was offered, after the offer on the same class.
     SeedPart(SeedPart),
-    /// The seed does not hold what a message says it does. The message counts as not arrived.
+    /// Answer to `Probe`: what of it the target had when it looked.
+    Probed(Probed),
+    /// The target does not hold what a message says it does. The message counts as not arrived.
     Lacking {
         /// Its number.
         seq: Seq,
@@ -197,6 +202,21 @@ pub struct VolumeOffer {
     pub name: VolumeName,
     /// Its size in bytes.
     pub size: VolumeSize,
+    /// The source knows what has changed since this migration left a copy at the target.
+    pub base: Option<MigrationId>,
+}
+
+/// What stands at the target where a volume is to arrive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Base {
+    /// Never sent.
+    Invalid,
+    /// Zeroes.
+    Zeroes,
+    /// The copy that the migration named in [`VolumeOffer::base`] left, untouched since.
+    Known,
+    /// A copy of some time: any block may differ.
+    Unknown,
 }
 
 /// Where a source stands, as its durable record says.
@@ -222,6 +242,9 @@ pub struct Accept {
     pub received: SeqRuns,
     /// Where the target stands.
     pub stage: TargetStage,
+    /// What stood there before the migration's first content arrived, for each volume in the order of `Open`; may be left
+    /// out when the source offers ownership or has given it away.
+    pub bases: Vec<Base>,
 }
 
 /// Where a target stands, as its durable record says.
@@ -275,9 +298,12 @@ pub enum Content {
         /// Bytes of payload.
         len: u32,
     },
-    /// Whole chunks that the target's seed has at the same place. The payload is the fingerprint of each, which what the
+    /// Whole chunks that the target's seed has at the same place. The payload is the fingerprint of the run, which what the
     /// target reads there must have.
     Same,
+    /// Blocks that the target said it has, in its answer to the probe of this message's number. The payload is the fingerprint
+    /// of the run, which what the target reads at those places must have.
+    Copy,
 }
 
 /// Bytes of a whole fingerprint.
@@ -290,11 +316,7 @@ impl Entry {
         match self.content {
             Content::Invalid | Content::Zero => 0,
             Content::Raw { len } | Content::Zstd { len } => len as usize,
-            // Longer runs are refused before this matters.
-            Content::Same => usize::try_from(self.range.len() / BLOCKS_PER_CHUNK)
-                .map_or(usize::MAX, |chunks| {
-                    chunks.saturating_mul(FINGERPRINT_BYTES)
-                }),
+            Content::Same | Content::Copy => FINGERPRINT_BYTES,
         }
     }
 
@@ -374,6 +396,7 @@ impl Message {
             Self::Blocks(blocks) => blocks.payload.clone(),
             Self::Peeked { payload, .. } => payload.clone(),
             Self::SeedPart(part) => part.payload.clone(),
+            Self::Probe(probe) => probe.payload.clone(),
             Self::Vm(message) => message.payload(),
             _ => Bytes::new(),
         }
@@ -385,6 +408,7 @@ impl Message {
             Self::Blocks(blocks) => blocks.payload = rest,
             Self::Peeked { payload, .. } => *payload = rest,
             Self::SeedPart(part) => part.payload = rest,
+            Self::Probe(probe) => probe.payload = rest,
             Self::Vm(message) => return message.set_payload(rest),
             _ => return rest.is_empty(),
         }
@@ -399,7 +423,11 @@ impl Message {
                 open.stage != SourceStage::Invalid
                     && (1..=limits::MAX_VOLUMES_PER_MIGRATION).contains(&open.volumes.len())
             }
-            Self::Accept(accept) => accept.stage != TargetStage::Invalid,
+            Self::Accept(accept) => {
+                accept.stage != TargetStage::Invalid
+                    && accept.bases.len() <= limits::MAX_VOLUMES_PER_MIGRATION
+                    && !accept.bases.contains(&Base::Invalid)
+            }
             Self::Blocks(blocks) => return blocks.validate(),
             Self::MissingPart { set, .. } => set.is_sound(),
             Self::Failed(error) => error.text.len() <= limits::MAX_TEXT_BYTES,
@@ -409,6 +437,8 @@ impl Message {
             Self::SeedAsk { sample, .. } => sample.len() <= limits::MAX_SAMPLE_CHUNKS,
             Self::SeedOffer(Some(offer)) => offer.name.len() <= limits::MAX_TEXT_BYTES,
             Self::SeedPart(part) => part.is_sound(),
+            Self::Probe(probe) => probe.is_sound(),
+            Self::Probed(probed) => probed.is_sound(),
             Self::Vm(message) => return message.validate(),
             _ => true,
         };
@@ -441,7 +471,7 @@ impl Blocks {
                 Content::Same if !entry.is_whole_chunks() => {
                     return malformed("parts of chunks are not the same as anything");
                 }
-                Content::Raw { .. } | Content::Zstd { .. } | Content::Same => {
+                Content::Raw { .. } | Content::Zstd { .. } | Content::Same | Content::Copy => {
                     with_content += end - start;
                 }
             }

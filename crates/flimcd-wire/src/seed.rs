@@ -74,6 +74,8 @@ pub struct SeedOffer {
     pub id: SeedId,
     /// How people call it, at most [`limits::MAX_TEXT_BYTES`].
     pub name: String,
+    /// It is what the content is written over: a chunk that was sent is no longer in it.
+    pub in_place: bool,
     /// Parts that the table has. They are sent unless the source has a seed of this id already.
     pub parts: u32,
 }

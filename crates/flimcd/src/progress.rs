@@ -84,6 +84,8 @@ pub(crate) fn by_kind(status: &MigrationStatus) -> Option<String> {
     let kinds = [
         ("zero", content.zero_blocks, None),
         ("same place", content.same_blocks, None),
+        ("elsewhere", content.elsewhere_blocks, None),
+        ("repeated", content.repeated_blocks, None),
         (
             "compressed",
             content.compressed_blocks,

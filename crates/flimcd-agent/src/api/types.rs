@@ -415,8 +415,14 @@ impl MigrationStatus {
 pub struct ContentStats {
     /// Blocks of zeroes: no bytes.
     pub zero_blocks: u64,
-    /// Blocks that the target has at the same place in an image of its library: about 5 bytes each.
+    /// Blocks that the target has at the same place, in a copy or an image of its library.
     pub same_blocks: u64,
+    /// Blocks that the target has elsewhere.
+    #[serde(default)]
+    pub elsewhere_blocks: u64,
+    /// Blocks that had come before in this migration.
+    #[serde(default)]
+    pub repeated_blocks: u64,
     /// Blocks that were compressed.
     pub compressed_blocks: u64,
     /// What they came to.

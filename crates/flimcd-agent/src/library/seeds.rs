@@ -102,6 +102,7 @@ impl Library {
             choice: SeedChoice {
                 id: SeedId(id),
                 name: short(&names),
+                in_place: false,
                 table: table.into(),
             },
         })

@@ -70,6 +70,8 @@ pub(crate) const fn add_content(before: ContentStats, count: ContentCount) -> Co
     ContentStats {
         zero_blocks: before.zero_blocks + count.zero_blocks,
         same_blocks: before.same_blocks + count.same_blocks,
+        elsewhere_blocks: before.elsewhere_blocks + count.elsewhere_blocks,
+        repeated_blocks: before.repeated_blocks + count.repeated_blocks,
         compressed_blocks: before.compressed_blocks + count.zstd_blocks,
         compressed_bytes: before.compressed_bytes + count.zstd_bytes,
         raw_blocks: before.raw_blocks + count.raw_blocks,

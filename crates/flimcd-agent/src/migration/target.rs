@@ -89,7 +89,7 @@ impl TargetDriver {
         // A guest that is not moved by us is let in after the switch only.
         base.volumes.set_peeking(begin.config.waits_for_vm);
         Ok(Self {
-            machine: TargetMachine::new(begin.config, begin.start, base.now()),
+            machine: TargetMachine::new(begin.config.clone(), begin.start, base.now()),
             look_at: base.now(),
             reads_before: base.status.guest_reads,
             reads_missed_before: base.status.guest_reads_missed,

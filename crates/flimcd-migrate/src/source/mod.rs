@@ -114,7 +114,7 @@ impl SourceMachine {
         now: Time,
     ) -> Self {
         let (stage, pending) = match start {
-            SourceStart::Fresh { data } => (SourceStage::Owner, data),
+            SourceStart::Fresh { data, .. } => (SourceStage::Owner, data),
             SourceStart::Resume { stage, unacked } => (stage, unacked),
         };
         let blocks = config.size.blocks();

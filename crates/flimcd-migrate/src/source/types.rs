@@ -24,8 +24,10 @@ pub struct SourceConfig {
 pub enum SourceStart {
     /// A new migration.
     Fresh {
-        /// Blocks that are not holes. The target begins with a volume of zeroes.
+        /// Blocks that are not holes: what a target with zeroes lacks.
         data: BlockSet,
+        /// Blocks that were written since the copies that the offers name as their bases were made.
+        changed: Option<BlockSet>,
     },
     /// The agent was restarted.
     Resume {
@@ -152,8 +154,12 @@ pub enum Switchover {
 pub struct ContentCount {
     /// Blocks of zeroes.
     pub zero_blocks: u64,
-    /// Blocks that the target's seed has at the same place.
+    /// Blocks that the target has at the same place.
     pub same_blocks: u64,
+    /// Blocks that the target has elsewhere.
+    pub elsewhere_blocks: u64,
+    /// Blocks that had come before in this migration.
+    pub repeated_blocks: u64,
     /// Blocks that were compressed.
     pub zstd_blocks: u64,
     /// And what they came to.
@@ -170,6 +176,8 @@ impl ContentCount {
             Content::Invalid => {}
             Content::Zero => self.zero_blocks += blocks,
             Content::Same => self.same_blocks += blocks,
+            // By kind when the target's answer is known.
+            Content::Copy => {}
             Content::Zstd { len } => {
                 self.zstd_blocks += blocks;
                 self.zstd_bytes += u64::from(len);

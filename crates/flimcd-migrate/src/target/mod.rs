@@ -85,6 +85,7 @@ impl TargetMachine {
     #[must_use]
     pub fn new(config: TargetConfig, start: TargetStart, now: Time) -> Self {
         let mut machine = Self {
+            demanded: BlockSet::new(config.size.blocks()),
             config,
             phase: TargetPhase::Incoming,
             epoch: None,
@@ -99,7 +100,6 @@ impl TargetMachine {
             seeding: Seeding::default(),
             vm_is_ready: false,
             waiting_open: None,
-            demanded: BlockSet::new(config.size.blocks()),
             demands: VecDeque::new(),
             control: VecDeque::new(),
             report: TargetReport::default(),
@@ -604,6 +604,7 @@ impl TargetMachine {
             incarnation: self.config.incarnation,
             received: SeqRuns(received),
             stage: self.stage(),
+            bases: self.config.bases.clone(),
         }));
     }
 

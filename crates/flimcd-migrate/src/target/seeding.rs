@@ -71,6 +71,7 @@ impl TargetMachine {
         self.control.push_back(Message::SeedOffer(Some(SeedOffer {
             id: choice.id,
             name: choice.name.clone(),
+            in_place: choice.in_place,
             parts: u32::try_from(left.len()).unwrap_or(u32::MAX),
         })));
         let is_known = have == Some(choice.id);

@@ -1,11 +1,11 @@
 //! What goes into a target machine and what comes out of it.
 
 use flimcd_core::{BlockSet, Epoch, MigrationId, VolumeSize};
-use flimcd_wire::{Blocks, SampleChunk, SeedId, SeedTable, TargetStage, WireError};
+use flimcd_wire::{Base, Blocks, SampleChunk, SeedId, SeedTable, TargetStage, WireError};
 use std::sync::Arc;
 
 /// What a migration is about.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct TargetConfig {
     /// Its number.
     pub migration: MigrationId,
@@ -16,6 +16,8 @@ pub struct TargetConfig {
     pub waits_for_vm: bool,
     /// Random number of this run.
     pub incarnation: u64,
+    /// What stood there, for each volume, before anything arrived.
+    pub bases: Vec<Base>,
 }
 
 /// Where the machine begins.
@@ -102,6 +104,8 @@ pub struct SeedChoice {
     pub id: SeedId,
     /// How people call it.
     pub name: String,
+    /// It is what the content is written over.
+    pub in_place: bool,
     /// What it has where, over the migration's layout.
     pub table: Arc<SeedTable>,
 }

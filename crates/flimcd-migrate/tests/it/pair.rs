@@ -94,6 +94,7 @@ fn source(strategy: &str, incarnation: u64, start: SourceStart, now: Time) -> So
             id: VolumeId(1),
             name: "vm".parse().unwrap(),
             size: size(),
+            base: None,
         }],
         session: None,
         size: size(),
@@ -117,6 +118,7 @@ fn target(incarnation: u64, start: TargetStart, now: Time) -> TargetMachine {
         size: size(),
         waits_for_vm: false,
         incarnation,
+        bases: vec![flimcd_wire::Base::Zeroes],
     };
     TargetMachine::new(config, start, now)
 }
@@ -132,7 +134,10 @@ impl Pair {
     /// A volume full of data, the link down, nothing granted.
     pub(crate) fn new(strategy: &'static str) -> Self {
         let data = BlockSet::full(BLOCKS);
-        let start = SourceStart::Fresh { data: data.clone() };
+        let start = SourceStart::Fresh {
+            data: data.clone(),
+            changed: None,
+        };
         Self {
             now: Time::ZERO,
             strategy,
@@ -565,6 +570,7 @@ impl Pair {
                     SeedChoice {
                         id: SeedId([1; 16]),
                         name: "base".to_owned(),
+                        in_place: false,
                         table: table.into(),
                     }
                 });
