@@ -227,7 +227,13 @@ impl World {
                 range,
                 compress,
                 same,
+                ..
             } => {
+                let same = same
+                    .first()
+                    .copied()
+                    .flatten()
+                    .filter(|_| range.len() == 16);
                 self.host(Site::Source).rules.begin_send(range);
                 self.resend.read(seq, range);
                 let purpose = Purpose::Send {
@@ -261,7 +267,7 @@ impl World {
                 self.host(Site::Source).rules.release();
                 self.pump(Site::Source);
             }
-            SourceAction::SetPacing(_) => {}
+            SourceAction::SetPacing(_) | SourceAction::Pack { .. } | SourceAction::Forget(_) => {}
         }
     }
 

@@ -234,6 +234,7 @@ impl World {
             TargetAction::AskForMissing { blocks } => self.ask_for_missing(blocks),
             TargetAction::Complete { epoch } => self.start_flush(site, AfterFlush::Complete(epoch)),
             TargetAction::ChooseSeed { .. } => self.choose_seed(),
+            TargetAction::Probe(_) => {}
             TargetAction::Discard => self.start_flow(site, Flow::Discard),
         }
     }

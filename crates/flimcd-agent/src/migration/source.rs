@@ -336,7 +336,16 @@ impl SourceDriver {
                 range,
                 compress,
                 same,
-            } => self.read(seq, range, compress, same),
+                ..
+            } => {
+                let same = same
+                    .first()
+                    .copied()
+                    .flatten()
+                    .filter(|_| range.len() == 16);
+                self.read(seq, range, compress, same);
+            }
+            SourceAction::Pack { .. } | SourceAction::Forget(_) => {}
             SourceAction::MarkClean(ranges) => {
                 if let Err(error) = self.base.volumes.mark_clean(&ranges) {
                     self.base.note(format!(

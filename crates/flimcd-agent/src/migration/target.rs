@@ -347,6 +347,7 @@ impl TargetDriver {
                 });
             }
             TargetAction::ChooseSeed { sample } => self.choose_seed(sample),
+            TargetAction::Probe(_) => {}
             TargetAction::Discard => self.discard = true,
         }
     }

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!  start ─► Reading ─► Queued ─► Sent ─► acknowledged: undurable ─► durable
-//!              │          │        └──── lost with the link ──┐
-//!              └──────────┴── abandoned (outdated) ───────────┴─► back to the caller as pending
+//!            ▲  │          │        └──── lost with the link ──┐
+//!       Probing └──────────┴── abandoned (outdated) ───────────┴─► back to the caller as pending
 //! ```
 //! No block is in two flights at once, so content of a block can never be overtaken by an older one.
 
@@ -13,8 +13,10 @@ use flimcd_core::{BlockRange, BlockSet, Seq, SeqSet};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
-    /// The driver reads it.
+    /// The driver reads or packs it.
     Reading,
+    /// The target is asked which of so many of its blocks it has.
+    Probing(u64),
     /// In one of the machine's queues.
     Queued,
     /// Taken by the link.
@@ -37,8 +39,12 @@ pub(super) struct Flights {
     blocks: BlockSet,
     /// Blocks in flight that were written after they were read, or may have been.
     redirtied: BlockSet,
-    /// Blocks of flights that have not been taken by the link.
+    /// Blocks of flights that are being read or wait for the link.
     prepared_blocks: u64,
+    /// Blocks of flights that wait for the target's answer.
+    probing_blocks: u64,
+    /// Flights that ended while they waited for it.
+    forgotten: Vec<Seq>,
     /// Acknowledged, not yet durable at the target.
     undurable: BTreeMap<Seq, BlockRange>,
     /// For every undurable block the flight that brought its newest content.
@@ -53,6 +59,8 @@ impl Flights {
             blocks: BlockSet::new(blocks),
             redirtied: BlockSet::new(blocks),
             prepared_blocks: 0,
+            probing_blocks: 0,
+            forgotten: Vec::new(),
             undurable: BTreeMap::new(),
             newest: BTreeMap::new(),
         }
@@ -74,7 +82,48 @@ impl Flights {
 
     /// Blocks that the link has and the target has not acknowledged.
     pub(super) fn sent_blocks(&self) -> u64 {
-        self.blocks.count() - self.prepared_blocks
+        self.blocks.count() - self.prepared_blocks - self.probing_blocks
+    }
+
+    /// Blocks that wait for the target's answer.
+    pub(super) fn probing_blocks(&self) -> u64 {
+        self.probing_blocks
+    }
+
+    /// Flights that wait for the target's answer.
+    pub(super) fn probing(&self) -> Vec<Seq> {
+        let waits = |(&seq, flight): (&Seq, &Flight)| {
+            matches!(flight.stage, Stage::Probing(_)).then_some(seq)
+        };
+        self.flights.iter().filter_map(waits).collect()
+    }
+
+    /// Flights that ended while they waited for the target's answer, each once.
+    pub(super) fn take_forgotten(&mut self) -> Vec<Seq> {
+        std::mem::take(&mut self.forgotten)
+    }
+
+    /// Moves a flight on.
+    pub(super) fn set_stage(&mut self, seq: Seq, stage: Stage) {
+        let Some(flight) = self.flights.get_mut(&seq) else {
+            return;
+        };
+        let old = std::mem::replace(&mut flight.stage, stage);
+        let blocks = flight.range.len();
+        if let Some(counter) = self.counter(old) {
+            *counter -= blocks;
+        }
+        if let Some(counter) = self.counter(stage) {
+            *counter += blocks;
+        }
+    }
+
+    fn counter(&mut self, stage: Stage) -> Option<&mut u64> {
+        match stage {
+            Stage::Reading | Stage::Queued => Some(&mut self.prepared_blocks),
+            Stage::Probing(_) => Some(&mut self.probing_blocks),
+            Stage::Sent => None,
+        }
     }
 
     pub(super) fn oldest_unacked(&self) -> Seq {
@@ -118,16 +167,18 @@ impl Flights {
         if !flight.urgent && self.redirtied.contains_all(flight.range) {
             return false;
         }
-        flight.stage = Stage::Sent;
-        self.prepared_blocks -= flight.range.len();
+        self.set_stage(seq, Stage::Sent);
         true
     }
 
     /// Ends a flight; what of it has to be sent (again) goes to `pending`.
     fn end(&mut self, seq: Seq, arrived: bool, pending: &mut BlockSet) -> Option<Flight> {
         let flight = self.flights.remove(&seq)?;
-        if flight.stage != Stage::Sent {
-            self.prepared_blocks -= flight.range.len();
+        if let Some(counter) = self.counter(flight.stage) {
+            *counter -= flight.range.len();
+        }
+        if matches!(flight.stage, Stage::Probing(_)) {
+            self.forgotten.push(seq);
         }
         self.blocks.remove_range(flight.range);
         if arrived {

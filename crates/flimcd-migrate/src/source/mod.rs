@@ -23,8 +23,10 @@
 //! A link that breaks changes no phase. After `handle_link_up` the machine sends `Open` and nothing else until
 //! the target's `Accept` says what it has.
 
+mod base;
 mod flights;
 mod handover;
+mod probing;
 mod seeding;
 mod send;
 mod types;
@@ -32,16 +34,19 @@ mod types;
 use std::{collections::VecDeque, time::Duration};
 
 use bytes::Bytes;
-use flimcd_core::{BlockIndex, BlockSet, Epoch, Heat, Seq, Time};
+use flimcd_core::{BlockIndex, BlockRange, BlockSet, Epoch, Heat, Seq, Time};
 use flimcd_wire::{
-    Accept, Blocks, Class, Entry, ErrorCode, Message, Open, SampleChunk, SourceStage, WireError,
+    Accept, Blocks, Class, Entry, ErrorCode, Message, Open, Probe, SampleChunk, SourceStage,
+    TargetStage, WireError,
 };
 
 use crate::{
     DiskError, HEAT_HALF_LIFE, LinkEstimate,
     policy::{Policy, View},
 };
+use base::Lacking;
 use flights::Flights;
+use probing::Probing;
 use seeding::Seeding;
 pub use types::{
     ContentCount, SourceAction, SourceConfig, SourceEvent, SourcePhase, SourceProgress,
@@ -56,12 +61,17 @@ const RETRY: Duration = Duration::from_secs(1);
 /// The source machine. The contract of its driver stands in the crate's documentation.
 pub struct SourceMachine {
     config: SourceConfig,
+    /// Where each volume lies.
+    places: Vec<BlockRange>,
     policy: Box<dyn Policy>,
     phase: SourcePhase,
     /// Lacking at the target, not in flight. Together with `flights` all that is left to send.
     pending: BlockSet,
     flights: Flights,
     seeding: Seeding,
+    probing: Probing,
+    /// Until the target has said what stands there.
+    lacking: Option<Lacking>,
     write_heat: Heat,
     heat_since: Time,
     link: LinkState,
@@ -113,9 +123,12 @@ impl SourceMachine {
         start: SourceStart,
         now: Time,
     ) -> Self {
-        let (stage, pending) = match start {
-            SourceStart::Fresh { data, .. } => (SourceStage::Owner, data),
-            SourceStart::Resume { stage, unacked } => (stage, unacked),
+        let (stage, pending, lacking) = match start {
+            SourceStart::Fresh { data, changed } => {
+                let pending = data.clone();
+                (SourceStage::Owner, pending, Some(Lacking { data, changed }))
+            }
+            SourceStart::Resume { stage, unacked } => (stage, unacked, None),
         };
         let blocks = config.size.blocks();
         assert_eq!(pending.capacity(), blocks, "the set is of another volume");
@@ -130,6 +143,8 @@ impl SourceMachine {
             pending,
             flights: Flights::new(blocks),
             seeding: Seeding::new(),
+            probing: Probing::default(),
+            lacking,
             write_heat: Heat::new(config.size, HEAT_HALF_LIFE, now),
             heat_since: now,
             link: LinkState::Down,
@@ -146,6 +161,7 @@ impl SourceMachine {
             read_retry: None,
             thaw_due: false,
             persist_retry: None,
+            places: base::places(&config),
             config,
             policy,
         };
@@ -191,6 +207,7 @@ impl SourceMachine {
     pub fn memory_bytes(&self) -> usize {
         self.pending.memory_bytes()
             + self.flights.blocks().memory_bytes()
+            + self.lacking.as_ref().map_or(0, Lacking::memory_bytes)
             + self.seeding.memory_bytes()
     }
 
@@ -258,6 +275,8 @@ impl SourceMachine {
     pub fn handle_link_down(&mut self, _now: Time) {
         self.link = LinkState::Down;
         self.control.clear();
+        self.give_probes_up();
+        self.forget_ended();
     }
 
     /// A message of the target.
@@ -282,6 +301,7 @@ impl SourceMachine {
                     self.protocol_error("a part of a table that is larger than the volume");
                 }
             }
+            Message::Probed(probed) => self.handle_probed(probed),
             Message::Lacking { seq, is_waited_for } => self.handle_lacking(seq, is_waited_for),
             Message::Report(report) => self.progress.target = report,
             Message::Failed(error) => self.handle_failed(error),
@@ -301,11 +321,14 @@ impl SourceMachine {
                 at = end;
             }
         }
+        if let Some(lacking) = &mut self.lacking {
+            lacking.dirtied(dirty);
+        }
         self.flights.dirtied(dirty, &mut self.pending);
         self.advance(now);
     }
 
-    /// Answer to [`SourceAction::Read`]: the packed content, or why there is none.
+    /// Answer to [`SourceAction::Read`] or [`SourceAction::Pack`]: the packed content, or why there is none.
     pub fn handle_read(
         &mut self,
         now: Time,
@@ -320,6 +343,12 @@ impl SourceMachine {
             }),
             Err(error) => self.handle_read_error(now, seq, &error),
         }
+        self.advance(now);
+    }
+
+    /// Answer to [`SourceAction::Read`] that is to ask: the blocks that are neither zero nor the same as in the seed.
+    pub fn handle_examined(&mut self, now: Time, probe: Probe) {
+        self.handle_probe(probe);
         self.advance(now);
     }
 
@@ -420,6 +449,7 @@ impl SourceMachine {
             self.note("the target did not say in time what its library has; everything is sent");
         }
         self.schedule(now);
+        self.forget_ended();
         match self.phase {
             SourcePhase::PreCopy => self.consider_switch(now),
             SourcePhase::Draining if self.pending.is_empty() && self.flights.is_empty() => {
@@ -445,6 +475,11 @@ impl SourceMachine {
         } else {
             self.flights
                 .lost_except(&accept.received.0, &mut self.pending);
+        }
+        if accept.stage == TargetStage::Incoming
+            && let Some(lacking) = self.lacking.take()
+        {
+            self.begin_on(&lacking, &accept.bases);
         }
         self.handle_target_stage(now, accept.stage);
     }

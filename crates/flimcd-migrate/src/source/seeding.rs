@@ -11,11 +11,15 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use flimcd_core::{BLOCKS_PER_CHUNK, BlockIndex, BlockRange, Time};
-use flimcd_wire::{ChunkPrefix, Message, SampleChunk, SeedOffer, SeedPart, SeedTable};
+use flimcd_core::{BLOCKS_PER_CHUNK, BlockIndex, BlockRange, Time, limits};
+use flimcd_wire::{
+    ChunkPrefix, Content, Entry, Message, SampleChunk, SeedOffer, SeedPart, SeedTable,
+};
 
 /// Content waits so long for an answer, and for the next part of the table.
 const WAIT_MAX: Duration = Duration::from_secs(3);
+/// Chunks that are read together at most: what fits one message.
+const RUN_CHUNKS_MAX: u64 = limits::MAX_BLOCKS_PER_MESSAGE / BLOCKS_PER_CHUNK;
 /// So many messages may come back before the image at the target is taken for another one.
 const LACKING_MAX: u64 = 64;
 
@@ -29,6 +33,8 @@ pub(super) struct Seeding {
     /// Content is held back until then, at the latest.
     hold_until: Option<Time>,
     lacking: u64,
+    /// Chunks that are read together.
+    run_chunks: u64,
 }
 
 /// An offer and what has come of its table.
@@ -63,6 +69,7 @@ impl Seeding {
             is_current: false,
             hold_until: None,
             lacking: 0,
+            run_chunks: 1,
         }
     }
 
@@ -164,6 +171,54 @@ impl Seeding {
             .as_ref()
             .filter(|_| is_chunk && self.is_current)?;
         received.table.get(BlockIndex(range.start).chunk())
+    }
+
+    /// What the target has in each chunk of `range`, if that is whole chunks and there is a seed.
+    pub(super) fn same_in(&self, range: BlockRange) -> Vec<Option<ChunkPrefix>> {
+        let is_whole = range.start.is_multiple_of(BLOCKS_PER_CHUNK)
+            && range.end.is_multiple_of(BLOCKS_PER_CHUNK);
+        if !is_whole || !self.is_current || self.offer.is_none() {
+            return Vec::new();
+        }
+        let chunks = range.start / BLOCKS_PER_CHUNK..range.end / BLOCKS_PER_CHUNK;
+        chunks
+            .map(|chunk| self.same(flimcd_core::ChunkIndex(chunk).blocks()))
+            .collect()
+    }
+
+    /// Chunks to be read together: the longer the runs are that the target turns out to have, the more, because a run is one
+    /// entry of one message. One, where there is nothing to compare with.
+    pub(super) fn run_chunks(&self) -> u64 {
+        if self.offer.is_some() {
+            self.run_chunks
+        } else {
+            1
+        }
+    }
+
+    /// Content was packed. What is sent over a seed is no longer in it.
+    pub(super) fn was_read(&mut self, entries: &[Entry]) {
+        let Some(received) = &mut self.offer else {
+            return;
+        };
+        let mut is_same = true;
+        for entry in entries {
+            if entry.content == Content::Same {
+                continue;
+            }
+            is_same &= entry.content == Content::Zero;
+            if received.offer.in_place {
+                let first = BlockIndex(entry.range.start).chunk().0;
+                for chunk in first..entry.range.end.div_ceil(BLOCKS_PER_CHUNK) {
+                    received.table.set(flimcd_core::ChunkIndex(chunk), None);
+                }
+            }
+        }
+        self.run_chunks = if is_same {
+            (self.run_chunks * 2).min(RUN_CHUNKS_MAX)
+        } else {
+            (self.run_chunks / 2).max(1)
+        };
     }
 
     /// The target does not have these after all.

@@ -1,7 +1,7 @@
 //! Choosing, reading and sending content.
 
-use flimcd_core::{BlockIndex, BlockRange, Seq, SeqSet, Time, limits};
-use flimcd_wire::{Blocks, Class, ErrorCode, Message, WireError};
+use flimcd_core::{BLOCKS_PER_CHUNK, BlockIndex, BlockRange, Seq, SeqSet, Time, limits};
+use flimcd_wire::{Blocks, Class, ErrorCode, Message, Runs, WireError};
 
 use super::{
     Cancel, LinkState, RETRY, SourceAction, SourceMachine, SourcePhase, flights::Stage,
@@ -23,15 +23,36 @@ impl SourceMachine {
     /// Begins as many reads as are worth it.
     pub(super) fn schedule(&mut self, now: Time) {
         let may_read = self.read_retry.is_none_or(|at| at <= now);
+        let waiting_max = self.probing.window(self.estimate);
         while may_read
             && self.link == LinkState::Accepted
             && !self.seeding.holds()
             && self.flights.prepared_blocks() < PREPARED_BLOCKS_MAX
+            && self.flights.probing_blocks() < waiting_max
             && self.flights.sent_blocks() < SENT_BLOCKS_MAX
         {
             let Some(range) = self.choose(now) else { break };
-            self.start_read(range, false);
+            self.begin_run(now, range);
         }
+    }
+
+    /// Begins to read `range`, and what the policy chooses next while that follows without a gap.
+    fn begin_run(&mut self, now: Time, mut range: BlockRange) {
+        let max = self.seeding.run_chunks() * BLOCKS_PER_CHUNK;
+        self.pending.remove_range(range);
+        while range.len() < max && self.phase != SourcePhase::PostCopy {
+            let Some(next) = self.choose(now) else { break };
+            self.pending.remove_range(next);
+            let follows = next.start == range.end
+                && !self.places.iter().any(|place| place.start == next.start);
+            if follows && range.len() + next.len() <= max {
+                range.end = next.end;
+            } else {
+                self.start_read(range, false);
+                range = next;
+            }
+        }
+        self.start_read(range, false);
     }
 
     fn choose(&mut self, now: Time) -> Option<BlockRange> {
@@ -55,7 +76,8 @@ impl SourceMachine {
             seq,
             range,
             compress: self.policy.compress(),
-            same: self.seeding.same(range),
+            same: self.seeding.same_in(range),
+            probe: !urgent && self.policy.uses_library() && self.probing.wants(range),
         });
     }
 
@@ -67,8 +89,10 @@ impl SourceMachine {
         let Some(flight) = self.flights.get_mut(blocks.seq) else {
             return;
         };
-        flight.stage = Stage::Queued;
-        let queue = if flight.urgent {
+        let urgent = flight.urgent;
+        self.flights.set_stage(blocks.seq, Stage::Queued);
+        self.seeding.was_read(&blocks.entries);
+        let queue = if urgent {
             &mut self.urgent
         } else {
             &mut self.bulk
@@ -145,13 +169,14 @@ impl SourceMachine {
             }
             for range in rest {
                 for piece in by_chunk(range) {
+                    let piece = self.widen(piece);
                     self.start_read(piece, true);
                 }
             }
         }
     }
 
-    /// The target's seed does not hold what a message says: its blocks have to be sent in full.
+    /// The target does not hold what a message says: its blocks have to be sent in full.
     pub(super) fn handle_lacking(&mut self, seq: Seq, is_waited_for: bool) {
         let sent = self
             .flights
@@ -169,6 +194,7 @@ impl SourceMachine {
             }
         }
         self.flights.abandon(seq, &mut self.pending);
+        self.probing.doubt(range);
         // A demand for these blocks may have come while they seemed to be on their way.
         let is_urgent = match self.phase {
             SourcePhase::PostCopy => is_waited_for || !self.seeding.is_in_doubt(),
@@ -186,6 +212,9 @@ impl SourceMachine {
     fn hurry(&mut self, seq: Seq) {
         if let Some(flight) = self.flights.get_mut(seq) {
             flight.urgent = true;
+            if matches!(flight.stage, Stage::Probing(_)) {
+                self.pack(seq, Runs::default());
+            }
         }
         if let Some(at) = self.bulk.iter().position(|blocks| blocks.seq == seq)
             && let Some(blocks) = self.bulk.remove(at)

@@ -1,7 +1,9 @@
 //! What goes into a source machine and what comes out of it.
 
 use flimcd_core::{BlockRange, BlockSet, Epoch, MigrationId, Seq, VolumeSize};
-use flimcd_wire::{ChunkPrefix, Content, Entry, SourceStage, TargetReport, VolumeOffer, WireError};
+use flimcd_wire::{
+    ChunkPrefix, Content, Entry, Runs, SourceStage, TargetReport, VolumeOffer, WireError,
+};
 
 /// What a migration is about.
 pub struct SourceConfig {
@@ -54,19 +56,31 @@ pub enum SourceRecord {
 /// What the driver must do.
 #[derive(Clone, Debug, PartialEq)]
 pub enum SourceAction {
-    /// Clear the dirty marks of `range` and read it (in this order: `Volume::read_for_send`), pack it,
-    /// and answer with `handle_read`. The marks are cleared before the next action begins.
+    /// Clear the dirty marks of `range` and read it (in this order: `Volume::read_for_send`). The marks are cleared before the
+    /// next action begins. Answer with `handle_read` and the packed content; or, where `probe` is set and something is neither
+    /// zero nor the same, with `handle_probe`, and keep what was read until `Pack` or `Forget`.
     Read {
         /// Number of the message it will be.
         seq: Seq,
-        /// The blocks, at most a chunk.
+        /// The blocks, at most [`MAX_BLOCKS_PER_MESSAGE`](flimcd_core::limits::MAX_BLOCKS_PER_MESSAGE).
         range: BlockRange,
         /// Whether to compress.
         compress: bool,
-        /// The range is a chunk, and the target's seed has one there whose fingerprint begins so. If that is what was
-        /// read, it is packed as [`Content::Same`].
-        same: Option<ChunkPrefix>,
+        /// For each chunk of the range, if it is whole chunks and the target has a seed: how the fingerprint begins of what
+        /// the seed has there. Those that are as the seed has them are packed as [`Content::Same`]. Otherwise empty.
+        same: Vec<Option<ChunkPrefix>>,
+        /// Ask the target before the rest is packed.
+        probe: bool,
     },
+    /// Pack what was read, with the blocks that the target has as [`Content::Copy`], and answer with `handle_read`.
+    Pack {
+        /// Which.
+        seq: Seq,
+        /// Blocks that the target has; some may be beside the rest.
+        had: Runs,
+    },
+    /// What was read under this number is not needed.
+    Forget(Seq),
     /// The target has these for good: clear them in the volume's record of unacknowledged blocks, except
     /// those that are marked dirty. Done before the next action and before dirty marks are drained again.
     MarkClean(Vec<BlockRange>),

@@ -20,12 +20,15 @@ mod handover;
 mod seeding;
 mod types;
 
-use std::{collections::VecDeque, time::Duration};
+use std::{
+    collections::{BTreeSet, VecDeque},
+    time::Duration,
+};
 
-use flimcd_core::{BlockRange, BlockSet, Epoch, SeqSet, Time, VolumeLayout, limits};
+use flimcd_core::{BlockRange, BlockSet, Epoch, Seq, SeqSet, Time, VolumeLayout, limits};
 use flimcd_wire::{
-    Accept, Blocks, Class, ErrorCode, Message, Open, Runs, SeqRuns, SourceStage, TargetReport,
-    TargetStage, WireError,
+    Accept, Blocks, Class, ErrorCode, Message, Open, Probe, Probed, Runs, SeqRuns, SourceStage,
+    TargetReport, TargetStage, WireError,
 };
 
 use crate::DiskError;
@@ -44,6 +47,8 @@ const SYNC_BYTES: u64 = 32 << 20;
 const TICK: Duration = Duration::from_millis(250);
 /// Nothing has arrived for so long although blocks are missing: ask for some.
 const IDLE_BEFORE_ASKING: Duration = Duration::from_secs(2);
+/// Probes that are looked into at once; a source has far fewer.
+const PROBES_MAX: usize = 8192;
 /// How many blocks are asked for then.
 const IDLE_ASK_BLOCKS: u64 = 256;
 
@@ -65,6 +70,8 @@ pub struct TargetMachine {
     held: Vec<Blocks>,
     offer: Option<Offer>,
     seeding: Seeding,
+    /// Probes of this link that are not answered.
+    probes: BTreeSet<Seq>,
     vm_is_ready: bool,
     /// The source was restarted; it is answered when nothing of its last run is being written.
     waiting_open: Option<Open>,
@@ -98,6 +105,7 @@ impl TargetMachine {
             held: Vec::new(),
             offer: None,
             seeding: Seeding::default(),
+            probes: BTreeSet::new(),
             vm_is_ready: false,
             waiting_open: None,
             demands: VecDeque::new(),
@@ -173,6 +181,7 @@ impl TargetMachine {
         self.accepted = false;
         self.control.clear();
         self.seeding.reset();
+        self.probes.clear();
         self.demands.clear();
         self.demanded.clear();
         if self.phase == TargetPhase::Incoming {
@@ -187,6 +196,7 @@ impl TargetMachine {
         self.waiting_open = None;
         self.control.clear();
         self.seeding.reset();
+        self.probes.clear();
         self.demands.clear();
         if self.phase == TargetPhase::Incoming {
             self.offer = None;
@@ -203,6 +213,7 @@ impl TargetMachine {
             Message::SeedAsk { sample, have } => self.handle_ask(sample, have),
             _ if !self.accepted => self.protocol_error("a message before Open"),
             Message::Blocks(blocks) => self.handle_blocks(now, blocks),
+            Message::Probe(probe) => self.handle_probe(probe),
             Message::MissingPart { epoch, part, set } => self.handle_part(epoch, part, &set),
             Message::Switch {
                 epoch,
@@ -262,6 +273,14 @@ impl TargetMachine {
     /// Answer to [`TargetAction::ChooseSeed`]: what was chosen, if anything.
     pub fn handle_seed(&mut self, now: Time, choice: Option<SeedChoice>) {
         self.answer_ask(choice);
+        self.advance(now);
+    }
+
+    /// Answer to [`TargetAction::Probe`].
+    pub fn handle_probed(&mut self, now: Time, probed: Probed) {
+        if self.probes.remove(&probed.seq) {
+            self.tell_source(Message::Probed(probed));
+        }
         self.advance(now);
     }
 
@@ -630,6 +649,31 @@ impl TargetMachine {
             // Nothing is missing, so nothing is needed.
             TargetPhase::Completing | TargetPhase::Complete => {}
             TargetPhase::Cancelled | TargetPhase::Failed => {}
+        }
+    }
+
+    fn handle_probe(&mut self, probe: Probe) {
+        if probe
+            .blocks
+            .iter()
+            .any(|run| run.end > self.config.size.blocks())
+        {
+            return self.protocol_error("a question about blocks beyond the volume");
+        }
+        let is_wanted = matches!(
+            self.phase,
+            TargetPhase::Incoming | TargetPhase::Switching | TargetPhase::PostCopy
+        );
+        if is_wanted && self.probes.len() < PROBES_MAX {
+            self.probes.insert(probe.seq);
+            self.actions.push_back(TargetAction::Probe(probe));
+        } else {
+            self.tell_source(Message::Probed(Probed {
+                seq: probe.seq,
+                had: Runs::default(),
+                same_place: 0,
+                repeated: 0,
+            }));
         }
     }
 

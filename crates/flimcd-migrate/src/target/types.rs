@@ -1,7 +1,7 @@
 //! What goes into a target machine and what comes out of it.
 
 use flimcd_core::{BlockSet, Epoch, MigrationId, VolumeSize};
-use flimcd_wire::{Base, Blocks, SampleChunk, SeedId, SeedTable, TargetStage, WireError};
+use flimcd_wire::{Base, Blocks, Probe, SampleChunk, SeedId, SeedTable, TargetStage, WireError};
 use std::sync::Arc;
 
 /// What a migration is about.
@@ -48,7 +48,7 @@ pub struct SyncId(pub u64);
 #[derive(Clone, Debug, PartialEq)]
 pub enum TargetAction {
     /// Write this content (`Volume::apply` for each entry) and answer with `handle_applied`; or with `handle_lacking`, if
-    /// the seed does not hold what an entry says (nothing of that chunk is written then).
+    /// the seed, or a place that a probe found, does not hold what an entry says (nothing of that entry is written then).
     Apply {
         /// Number of the request.
         id: ApplyId,
@@ -91,6 +91,8 @@ pub enum TargetAction {
         /// Chunks of the layout.
         sample: Vec<SampleChunk>,
     },
+    /// Find out which of these blocks are here, remember where under the probe's number, and answer with `handle_probed`.
+    Probe(Probe),
     /// The migration ended before the switch: leave a durable note that it is over here, so that a
     /// source that asks after a restart can be refused, then remove what arrived. Writes that were begun
     /// are waited for.

@@ -4,6 +4,8 @@ mod crashes;
 mod handover;
 mod links;
 mod pair;
+mod probes;
 mod seeds;
+mod store;
 mod strategies;
 mod vm;

@@ -6,7 +6,6 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
 use flimcd_core::{
     BLOCK_SIZE, BlockIndex, BlockRange, BlockSet, ChunkIndex, Epoch, MigrationId, Seq, SeqSet,
     Time, VolumeId, VolumeSize,
@@ -17,9 +16,11 @@ use flimcd_migrate::{
     TargetMachine, TargetPhase, TargetStart, policy,
 };
 use flimcd_wire::{
-    Blocks, ChunkPrefix, Class, Content, Entry, Message, SampleChunk, SeedId, SeedTable,
+    Base, Blocks, ChunkPrefix, Class, Content, Message, Runs, SampleChunk, SeedId, SeedTable,
     SourceStage, TargetStage, VolumeOffer,
 };
+
+use crate::store::{Read, Store, fingerprint};
 
 /// Blocks of the volume.
 pub(crate) const BLOCKS: u64 = 64;
@@ -65,6 +66,10 @@ pub(crate) struct Pair {
     /// An image at the target: what its table says, and what is really there.
     pub(crate) seed: Option<(Vec<u64>, Vec<u64>)>,
 
+    /// What the target has elsewhere.
+    pub(crate) store: Store,
+    /// What the source has read and not packed.
+    reads: BTreeMap<Seq, Read>,
     /// The target does not say what it has.
     pub(crate) is_silent: bool,
     /// The target's disk does nothing for now.
@@ -112,13 +117,25 @@ fn source(strategy: &str, incarnation: u64, start: SourceStart, now: Time) -> So
     machine
 }
 
+fn set_of(blocks: impl Iterator<Item = u64>) -> BlockSet {
+    let mut set = BlockSet::new(BLOCKS);
+    for block in blocks {
+        set.insert(BlockIndex(block));
+    }
+    set
+}
+
 fn target(incarnation: u64, start: TargetStart, now: Time) -> TargetMachine {
+    target_on(incarnation, start, Base::Zeroes, now)
+}
+
+fn target_on(incarnation: u64, start: TargetStart, base: Base, now: Time) -> TargetMachine {
     let config = TargetConfig {
         migration: MigrationId(1),
         size: size(),
         waits_for_vm: false,
         incarnation,
-        bases: vec![flimcd_wire::Base::Zeroes],
+        bases: vec![base],
     };
     TargetMachine::new(config, start, now)
 }
@@ -161,6 +178,8 @@ impl Pair {
             waiting: Vec::new(),
             take_over_fails: false,
             seed: None,
+            store: Store::default(),
+            reads: BTreeMap::new(),
             is_silent: false,
             is_slow: false,
             waiting_applies: Vec::new(),
@@ -184,9 +203,26 @@ impl Pair {
     fn set_sample(&mut self) {
         let sample = (0..BLOCKS / 16).map(|chunk| SampleChunk {
             chunk: ChunkIndex(chunk),
-            prefix: ChunkPrefix::of(&fingerprint(&self.image, chunk)),
+            prefix: ChunkPrefix::of(&fingerprint(chunk_of(&self.image, chunk))),
         });
         self.source.set_sample(sample.collect());
+    }
+
+    /// A volume of which a copy of some time stands at the target; the offer knows what has changed since.
+    pub(crate) fn on_copy(strategy: &'static str, copy: Vec<u64>, base: Base) -> Self {
+        let mut pair = Self::new(strategy);
+        let changed = (0..BLOCKS).filter(|&block| {
+            let at = usize::try_from(block).unwrap();
+            copy[at] != pair.image[at]
+        });
+        let start = SourceStart::Fresh {
+            data: BlockSet::full(BLOCKS),
+            changed: Some(set_of(changed)),
+        };
+        pair.source = source(strategy, 1, start, Time::ZERO);
+        pair.target = target_on(2, TargetStart::Fresh, base, Time::ZERO);
+        pair.arrived = copy;
+        pair
     }
 
     /// The same, under way: the link is up and the switch is granted.
@@ -248,6 +284,7 @@ impl Pair {
 
     pub(crate) fn restart_source(&mut self) {
         self.link_down();
+        self.reads.clear();
         self.known.clear();
         let stage = match self.record {
             SourceRecord::Owner => SourceStage::Owner,
@@ -272,6 +309,7 @@ impl Pair {
 
     pub(crate) fn restart_target(&mut self) {
         self.link_down();
+        self.store.forget();
         self.known.clear();
         self.waiting.clear();
         let stage = match (self.owner, self.complete) {
@@ -452,28 +490,32 @@ impl Pair {
     fn source_action(&mut self, action: SourceAction) {
         match action {
             SourceAction::Read {
-                seq, range, same, ..
+                seq,
+                range,
+                same,
+                probe,
+                ..
             } => {
                 self.dirty.remove_range(range);
-                let print = fingerprint(&self.image, range.start / 16);
-                if same == Some(ChunkPrefix::of(&print)) {
-                    let content = Content::Same;
-                    let read = (
-                        vec![Entry { range, content }],
-                        Bytes::copy_from_slice(&print),
-                    );
-                    return self.source.handle_read(self.now, seq, Ok(read));
+                let at = |block| usize::try_from(block).unwrap();
+                let values = self.image[at(range.start)..at(range.end)].to_vec();
+                let read = Read::new(range, values, &same);
+                match read.probe(seq).filter(|_| probe) {
+                    Some(probe) => {
+                        self.reads.insert(seq, read);
+                        self.source.handle_examined(self.now, probe);
+                    }
+                    None => {
+                        let packed = read.pack(&Runs::default());
+                        self.source.handle_read(self.now, seq, Ok(packed));
+                    }
                 }
-                let values = range
-                    .iter()
-                    .map(|b| self.image[usize::try_from(b.0).unwrap()]);
-                let payload: Vec<u8> = values.flat_map(u64::to_le_bytes).collect();
-                let len = u32::try_from(payload.len()).unwrap();
-                let content = Content::Raw { len };
-                let entries = vec![Entry { range, content }];
-                self.source
-                    .handle_read(self.now, seq, Ok((entries, Bytes::from(payload))));
             }
+            SourceAction::Pack { seq, had } => {
+                let read = self.reads.remove(&seq).expect("read, and not forgotten");
+                self.source.handle_read(self.now, seq, Ok(read.pack(&had)));
+            }
+            SourceAction::Forget(seq) => assert!(self.reads.remove(&seq).is_some()),
             SourceAction::MarkClean(ranges) => {
                 for block in ranges.into_iter().flat_map(BlockRange::iter) {
                     if !self.dirty.contains(block) {
@@ -505,14 +547,20 @@ impl Pair {
             TargetAction::Apply { id, blocks } => {
                 let mut values = content(&blocks);
                 for (entry, payload) in blocks.parts() {
-                    if entry.content == Content::Same {
-                        let is = &self.seed.as_ref().expect("nothing else is the same").1;
-                        if fingerprint(is, entry.range.start / 16)[..] != payload[..] {
-                            return self.target.handle_lacking(self.now, id);
+                    let found = match entry.content {
+                        Content::Same => {
+                            let is = &self.seed.as_ref().expect("nothing else is the same").1;
+                            let at = |block| usize::try_from(block).unwrap();
+                            let is = is[at(entry.range.start)..at(entry.range.end)].to_vec();
+                            Some(is).filter(|is| fingerprint(is)[..] == payload[..])
                         }
-                        let value = |b: BlockIndex| (b.0, is[usize::try_from(b.0).unwrap()]);
-                        values.extend(entry.range.iter().map(value));
-                    }
+                        Content::Copy => self.store.copy(blocks.seq, entry.range, &payload),
+                        _ => continue,
+                    };
+                    let Some(found) = found else {
+                        return self.target.handle_lacking(self.now, id);
+                    };
+                    values.extend((entry.range.start..).zip(found));
                 }
                 for (block, value) in values {
                     if self.owner.is_none() || self.missing.remove(BlockIndex(block)) {
@@ -558,12 +606,16 @@ impl Pair {
                 self.complete = true;
                 self.target.handle_completed(self.now, Ok(()));
             }
+            TargetAction::Probe(probe) => {
+                let probed = self.store.probe(&probe);
+                self.target.handle_probed(self.now, probed);
+            }
             TargetAction::ChooseSeed { .. } if self.is_silent => {}
             TargetAction::ChooseSeed { sample } => {
                 let choice = self.seed.as_ref().map(|(says, _)| {
                     let mut table = SeedTable::new(BLOCKS / 16);
                     for chunk in 0..BLOCKS / 16 {
-                        let prefix = ChunkPrefix::of(&fingerprint(says, chunk));
+                        let prefix = ChunkPrefix::of(&fingerprint(chunk_of(says, chunk)));
                         table.set(ChunkIndex(chunk), Some(prefix));
                     }
                     assert_eq!(sample.len() as u64, BLOCKS / 16);
@@ -597,24 +649,16 @@ fn take(lanes: &mut BTreeMap<Class, Lane>, now: Time) -> Option<Message> {
     lane.pop_front().map(|(_, message)| message)
 }
 
-/// A fingerprint that is good enough for numbers.
-fn fingerprint(image: &[u64], chunk: u64) -> [u8; 32] {
+fn chunk_of(image: &[u64], chunk: u64) -> &[u64] {
     let first = usize::try_from(chunk * 16).unwrap();
-    let sum = image[first..first + 16]
-        .iter()
-        .fold(chunk + 1, |sum, value| {
-            sum.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(*value)
-        });
-    let mut bytes = [7; 32];
-    bytes[..8].copy_from_slice(&sum.rotate_left(17).to_le_bytes());
-    bytes
+    &image[first..first + 16]
 }
 
 /// The blocks of a message and what they hold, where it says so itself.
 pub(crate) fn content(blocks: &Blocks) -> Vec<(u64, u64)> {
     blocks
         .parts()
-        .filter(|(entry, _)| entry.content != Content::Same)
+        .filter(|(entry, _)| !matches!(entry.content, Content::Same | Content::Copy))
         .flat_map(|(entry, payload)| {
             let (words, _) = payload.as_chunks::<8>();
             let values: Vec<u64> = words.iter().map(|word| u64::from_le_bytes(*word)).collect();
