@@ -118,7 +118,7 @@ pub(crate) enum Purpose {
         seq: Seq,
         range: BlockRange,
         compress: bool,
-        same: Option<ChunkPrefix>,
+        same: Vec<Option<ChunkPrefix>>,
     },
     /// A part of an apply.
     Apply { id: ApplyId, token: ApplyToken },

@@ -47,7 +47,7 @@ impl SeedImage {
                 content::fill(here, range.start / SECTOR, OTHER);
             }
             if !flimcd_content::is_zero(here) {
-                table.set(chunk, Some(Fingerprint::of(here).prefix()));
+                table.set(chunk, Some(Fingerprint::of_run(here).prefix()));
             }
             // What happened since the table was made.
             if dice.permille(rots_permille) {
@@ -68,7 +68,7 @@ impl SeedImage {
     pub(crate) fn read(&self, range: BlockRange, expected: Fingerprint) -> Option<&[u8]> {
         let bytes = range.bytes(self.size);
         let here = &self.bytes[index(bytes.start)..index(bytes.end)];
-        (Fingerprint::of(here) == expected).then_some(here)
+        (Fingerprint::of_run(here) == expected).then_some(here)
     }
 }
 
@@ -80,7 +80,7 @@ impl World {
         let chunks = (0..size.chunks()).map(ChunkIndex);
         let one = |chunk: ChunkIndex| {
             let bytes = disk.bytes(chunk.blocks().bytes(size));
-            let prefix = Fingerprint::of(bytes).prefix();
+            let prefix = Fingerprint::of_run(bytes).prefix();
             (!flimcd_content::is_zero(bytes)).then_some(SampleChunk { chunk, prefix })
         };
         chunks.filter_map(one).collect()

@@ -2,14 +2,14 @@
 
 use std::collections::VecDeque;
 
-use flimcd_content::{Compression, Encoder};
+use flimcd_content::{Compression, Encoder, Examined};
 use flimcd_core::{BlockRange, Epoch, MigrationId, Seq, Time, VolumeId};
 use flimcd_migrate::{
     LinkEstimate, SourceAction, SourceConfig, SourceEvent, SourceMachine, SourcePhase, SourceStart,
     policy,
 };
 use flimcd_volume::rules::{Mode, Rules};
-use flimcd_wire::{ChunkPrefix, Class, Content, Message, SourceStage, VolumeOffer};
+use flimcd_wire::{ChunkPrefix, Class, Content, Message, Runs, SourceStage, VolumeOffer};
 
 use crate::{
     flow::Persisting,
@@ -229,11 +229,6 @@ impl World {
                 same,
                 ..
             } => {
-                let same = same
-                    .first()
-                    .copied()
-                    .flatten()
-                    .filter(|_| range.len() == 16);
                 self.host(Site::Source).rules.begin_send(range);
                 self.resend.read(seq, range);
                 let purpose = Purpose::Send {
@@ -287,7 +282,7 @@ impl World {
         seq: Seq,
         range: BlockRange,
         compress: bool,
-        same: Option<ChunkPrefix>,
+        same: &[Option<ChunkPrefix>],
         result: Done,
     ) {
         self.host(Site::Source).rules.end_send(range);
@@ -298,10 +293,8 @@ impl World {
             } else {
                 &mut encoders.raw
             };
-            let encoded = match same {
-                Some(same) => encoder.encode_chunk(range, &bytes, same),
-                None => encoder.encode(range, &bytes),
-            };
+            let examined = Examined::of(range, &bytes, same);
+            let encoded = encoder.pack(&bytes, &examined, &Runs::default());
             (encoded.entries, encoded.payload)
         });
         self.source_input(move |machine, now| machine.handle_read(now, seq, result));

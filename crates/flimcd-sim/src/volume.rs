@@ -251,9 +251,10 @@ impl World {
             return self.fail(format!("an apply of an entry that is not there: {token:?}"));
         };
         let content = match self.target.decoder.decode(&entry, &payload, size) {
-            Ok(Decoded::Same(chunks)) => {
-                let read = |(chunk, expected)| self.seed.as_ref()?.read(chunk, expected);
-                let Some(found): Option<Vec<&[u8]>> = chunks.chunks().map(read).collect() else {
+            Ok(Decoded::Copy(_)) => return self.fail("a copy that was not asked for".to_owned()),
+            Ok(Decoded::Same(expected)) => {
+                let seed = self.seed.as_ref();
+                let Some(found) = seed.and_then(|seed| seed.read(entry.range, expected)) else {
                     if let Some(message) = self.target.messages.get_mut(&id) {
                         message.is_lacking = true;
                     }
@@ -262,7 +263,7 @@ impl World {
                     }
                     return self.end_apply(token);
                 };
-                Some(Bytes::from(found.concat()))
+                Some(Bytes::copy_from_slice(found))
             }
             Ok(Decoded::Zeroes) => None,
             Ok(Decoded::Bytes(bytes)) => Some(Bytes::copy_from_slice(bytes)),
@@ -351,7 +352,7 @@ impl World {
                 range,
                 compress,
                 same,
-            } => self.send_read_done(seq, range, compress, same, result),
+            } => self.send_read_done(seq, range, compress, &same, result),
             Purpose::Apply { id, token } => self.apply_io_done(id, token, result),
             Purpose::Flow(id) => self.flow_done(site, id, result.map(|_| ())),
         }

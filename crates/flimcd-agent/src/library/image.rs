@@ -140,7 +140,7 @@ pub(super) fn scan(
 /// The fingerprint of each chunk of `bytes`.
 fn leaves(bytes: &[u8]) -> Vec<Leaf> {
     let length = usize::try_from(CHUNK_SIZE).expect("64 KiB");
-    let leaf = |chunk: &[u8]| (!is_zero(chunk)).then(|| Fingerprint::of(chunk));
+    let leaf = |chunk: &[u8]| (!is_zero(chunk)).then(|| Fingerprint::of_run(chunk));
     bytes.chunks(length).map(leaf).collect()
 }
 
@@ -184,7 +184,7 @@ mod tests {
         for chunk in 0..101 {
             let start = chunk * 65536;
             let content = &bytes[start..bytes.len().min(start + 65536)];
-            let leaf = (!is_zero(content)).then(|| Fingerprint::of(content));
+            let leaf = (!is_zero(content)).then(|| Fingerprint::of_run(content));
             assert_eq!(
                 table.leaf(ChunkIndex(chunk as u64)).unwrap(),
                 leaf,

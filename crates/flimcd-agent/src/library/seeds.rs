@@ -45,7 +45,7 @@ impl Seeds {
             );
             return None;
         }
-        (Fingerprint::of(buffer) == expected).then_some(())
+        (Fingerprint::of_run(buffer) == expected).then_some(())
     }
 }
 

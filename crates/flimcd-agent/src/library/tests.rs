@@ -28,7 +28,7 @@ fn chunk(value: u8) -> Vec<u8> {
 fn sample(chunks: &[(u64, u8)]) -> Vec<SampleChunk> {
     let one = |&(at, value): &(u64, u8)| SampleChunk {
         chunk: ChunkIndex(at),
-        prefix: Fingerprint::of(&chunk(value)).prefix(),
+        prefix: Fingerprint::of_run(&chunk(value)).prefix(),
     };
     chunks.iter().map(one).collect()
 }
@@ -92,11 +92,11 @@ fn the_image_with_most_in_common_is_chosen_and_read() {
     let table = &chosen.choice.table;
     assert_eq!(
         table.get(ChunkIndex(30)),
-        Some(Fingerprint::of(&chunk(2)).prefix())
+        Some(Fingerprint::of_run(&chunk(2)).prefix())
     );
     let mut buffer = Vec::new();
     let place = ChunkIndex(30).blocks();
-    let right = Fingerprint::of(&chunk(2));
+    let right = Fingerprint::of_run(&chunk(2));
     assert!(chosen.seeds.read(place, right, &mut buffer).is_some());
     assert_eq!(buffer, chunk(2));
     assert!(
@@ -118,11 +118,11 @@ fn a_prefix_that_collides_does_no_harm() {
     write_image(&at.path("base"), &[1; 40]);
     at.add(&at.request("base"));
     let (_, chosen) = at.choose("default", &sample(&[(1, 1)])).unwrap();
-    let mut forged = *Fingerprint::of(&chunk(1)).as_bytes();
+    let mut forged = *Fingerprint::of_run(&chunk(1)).as_bytes();
     forged[31] ^= 1;
     assert_eq!(
         ChunkPrefix::of(&forged),
-        Fingerprint::of(&chunk(1)).prefix()
+        Fingerprint::of_run(&chunk(1)).prefix()
     );
     let forged = Fingerprint::from_bytes(forged);
     assert!(
@@ -186,7 +186,7 @@ fn each_volume_has_its_own_image() {
     assert!(
         chosen
             .seeds
-            .read(place, Fingerprint::of(&chunk(2)), &mut buffer)
+            .read(place, Fingerprint::of_run(&chunk(2)), &mut buffer)
             .is_some()
     );
 }

@@ -272,7 +272,7 @@ impl VolumeSet {
             {
                 sample.push(SampleChunk {
                     chunk: BlockIndex(range.start).chunk(),
-                    prefix: Fingerprint::of(&content).prefix(),
+                    prefix: Fingerprint::of_run(&content).prefix(),
                 });
             }
         }
