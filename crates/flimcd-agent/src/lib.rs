@@ -27,6 +27,7 @@ mod library;
 mod links;
 mod migration;
 mod ops;
+mod records;
 mod registry;
 mod resume;
 mod tasks;

@@ -1,7 +1,7 @@
 //! An image file as the library knows it: which file it is, whether it is still the same, and its fingerprints.
 
-use flimcd_content::{Fingerprint, is_zero};
-use flimcd_core::{CHUNK_SIZE, ChunkIndex, VolumeSize};
+use flimcd_content::{Fingerprint, IndexBuilder, is_zero};
+use flimcd_core::{BLOCK_SIZE, CHUNK_SIZE, ChunkIndex, VolumeSize};
 use rustix::fs::{Advice, SeekFrom, fadvise, seek};
 use serde::{Deserialize, Serialize};
 use std::{
@@ -98,11 +98,12 @@ pub(super) enum Scanned {
     Stopped,
 }
 
-/// Fills the table from the image, from where it is filled on. `go_on` is told how many chunks are done, and says whether
-/// to go on.
+/// Fills the table from the image, from where it is filled on, and tells the index of all blocks on the way. `go_on` is told how
+/// many chunks are done, and says whether to go on.
 pub(super) fn scan(
     image: &File,
     table: &mut LeafTable,
+    index: &mut IndexBuilder,
     mut go_on: impl FnMut(u64) -> bool,
 ) -> io::Result<Scanned> {
     let size = image.metadata()?.len();
@@ -126,7 +127,7 @@ pub(super) fn scan(
         let (from, to) = (at * CHUNK_SIZE, (end * CHUNK_SIZE).min(size));
         let bytes = &mut buffer[..usize::try_from(to - from).map_err(io::Error::other)?];
         image.read_exact_at(bytes, from)?;
-        table.write(ChunkIndex(at), &leaves(bytes))?;
+        table.write(ChunkIndex(at), &leaves(ChunkIndex(at), bytes, index)?)?;
         at = end;
         if at - table.done() >= KEEP_CHUNKS {
             table.keep(at)?;
@@ -137,11 +138,49 @@ pub(super) fn scan(
     Ok(Scanned::Whole)
 }
 
-/// The fingerprint of each chunk of `bytes`.
-fn leaves(bytes: &[u8]) -> Vec<Leaf> {
-    let length = usize::try_from(CHUNK_SIZE).expect("64 KiB");
-    let leaf = |chunk: &[u8]| (!is_zero(chunk)).then(|| Fingerprint::of_run(chunk));
-    bytes.chunks(length).map(leaf).collect()
+/// Tells the index of the blocks of a whole image, whose table is made already.
+pub(super) fn index(
+    image: &File,
+    index: &mut IndexBuilder,
+    mut go_on: impl FnMut() -> bool,
+) -> io::Result<Scanned> {
+    let size = image.metadata()?.len();
+    let mut buffer = vec![0; usize::try_from(PIECE_CHUNKS * CHUNK_SIZE).map_err(io::Error::other)?];
+    let mut at = 0;
+    while at < size {
+        if !go_on() {
+            return Ok(Scanned::Stopped);
+        }
+        at = at.max(next_data(image, at, size)? / CHUNK_SIZE * CHUNK_SIZE);
+        let length = usize::try_from(size.saturating_sub(at)).unwrap_or(usize::MAX);
+        let length = length.min(buffer.len());
+        let bytes = &mut buffer[..length];
+        image.read_exact_at(bytes, at)?;
+        leaves(ChunkIndex(at / CHUNK_SIZE), bytes, index)?;
+        at += (length as u64).max(1);
+    }
+    Ok(Scanned::Whole)
+}
+
+/// The fingerprint of each chunk of `bytes`, which begin with the chunk `first`; the index is told of the blocks.
+fn leaves(first: ChunkIndex, bytes: &[u8], index: &mut IndexBuilder) -> io::Result<Vec<Leaf>> {
+    let chunk_bytes = usize::try_from(CHUNK_SIZE).expect("64 KiB");
+    let block_bytes = usize::try_from(BLOCK_SIZE).expect("4 KiB");
+    let mut leaves = Vec::new();
+    for (chunk, bytes) in (first.0..).map(ChunkIndex).zip(bytes.chunks(chunk_bytes)) {
+        let mut blocks = Vec::with_capacity(bytes.len().div_ceil(block_bytes));
+        let mut is_all_zero = true;
+        for (block, bytes) in chunk.blocks().iter().zip(bytes.chunks(block_bytes)) {
+            let fingerprint = Fingerprint::of_block(bytes);
+            if !is_zero(bytes) {
+                is_all_zero = false;
+                index.push(fingerprint.block_prefix(), block)?;
+            }
+            blocks.push(fingerprint);
+        }
+        leaves.push((!is_all_zero).then(|| Fingerprint::over(&blocks)));
+    }
+    Ok(leaves)
 }
 
 /// Where data begins, at or after `at`. File systems that cannot tell say that it is all data.
@@ -177,9 +216,13 @@ mod tests {
         std::fs::write(&path, &bytes).unwrap();
         let (file, identity) = open(&path).unwrap();
         assert_eq!(identity.chunks(), 101);
+        let index = || IndexBuilder::new(&dir.path().join("index"));
         let whole = dir.path().join("whole");
         let mut table = LeafTable::create(&whole, 101).unwrap();
-        assert_eq!(scan(&file, &mut table, |_| true).unwrap(), Scanned::Whole);
+        assert_eq!(
+            scan(&file, &mut table, &mut index(), |_| true).unwrap(),
+            Scanned::Whole
+        );
         let expected = table.read_all(|_, _| {}).unwrap();
         for chunk in 0..101 {
             let start = chunk * 65536;
@@ -196,7 +239,7 @@ mod tests {
         let mut table = LeafTable::create(&path, 101).unwrap();
         for _ in 0..200 {
             let mut steps = 0;
-            let scanned = scan(&file, &mut table, |_| {
+            let scanned = scan(&file, &mut table, &mut index(), |_| {
                 steps += 1;
                 steps <= 2
             });

@@ -13,13 +13,14 @@
 //! Content is shared inside a tenant, and with everybody where an image was made public, so that nobody learns from bytes or times
 //! what others store.
 
+mod finder;
 mod image;
 mod ops;
 mod record;
 mod seeds;
 mod table;
 
-use flimcd_content::Fingerprint;
+use flimcd_content::{ContentIndex, Fingerprint, IndexBuilder};
 use flimcd_core::{CHUNK_SIZE, VolumeName};
 use std::{
     collections::BTreeMap,
@@ -32,6 +33,7 @@ use std::{
     },
 };
 
+pub(crate) use finder::Finder;
 pub(crate) use seeds::{Chosen, Seeds};
 
 use crate::{
@@ -39,6 +41,7 @@ use crate::{
     error::{io_error, refuse},
     migration::progress::unix_ms,
 };
+use finder::Indexed;
 use image::{Identity, ImageError, Scanned};
 use record::{ImageRecord, Whole};
 use table::LeafTable;
@@ -62,6 +65,8 @@ struct Scan {
 /// An image that could be a seed.
 struct Candidate {
     name: VolumeName,
+    /// Whose it is; `None`: anybody's.
+    tenant: Option<String>,
     file: File,
     table: LeafTable,
     root: Fingerprint,
@@ -225,7 +230,7 @@ impl Library {
     fn scan_image(
         &self,
         record: &ImageRecord,
-        go_on: impl FnMut(u64) -> bool,
+        mut go_on: impl FnMut(u64) -> bool,
     ) -> io::Result<Option<(Identity, Whole)>> {
         let (file, identity) = image::open(&record.path).map_err(io::Error::other)?;
         let path = record::table_path(&self.dir, &record.name);
@@ -243,8 +248,19 @@ impl Library {
                 LeafTable::create(&path, identity.chunks())?
             }
         };
-        if image::scan(&file, &mut table, go_on)? == Scanned::Stopped {
+        let index_path = record::index_path(&self.dir, &record.name);
+        let mut index = IndexBuilder::new(&index_path);
+        let is_from_the_start = table.done() == 0;
+        if image::scan(&file, &mut table, &mut index, &mut go_on)? == Scanned::Stopped {
             return Ok(None);
+        }
+        if !is_from_the_start {
+            // The table went on where it was, but the index did not see what came before.
+            let chunks = table.chunks();
+            index = IndexBuilder::new(&index_path);
+            if image::index(&file, &mut index, || go_on(chunks))? == Scanned::Stopped {
+                return Ok(None);
+            }
         }
         if Identity::of(&file)? != identity {
             return Err(io::Error::other(
@@ -253,6 +269,9 @@ impl Library {
         }
         let mut data_chunks = 0;
         let tree = table.read_all(|_, leaf| data_chunks += u64::from(leaf.is_some()))?;
+        if let Some(root) = tree.root() {
+            index.finish(root)?;
+        }
         let whole = Whole {
             root: tree.root().map(|root| root.to_string()),
             data_chunks,
@@ -282,6 +301,7 @@ impl Library {
         let info = describe(entry);
         let removed = record::remove_file(&record::record_path(&self.dir, name)).and_then(|()| {
             record::remove_file(&record::table_path(&self.dir, name))?;
+            record::remove_file(&record::index_path(&self.dir, name))?;
             record::remove_file(&record::copy_path(&self.dir, name))
         });
         removed.map_err(|error| io_error(&format!("removing {name} from the library"), &error))?;
@@ -311,6 +331,33 @@ impl Library {
             .collect()
     }
 
+    /// Files that volumes of all these tenants may share content with, with their indexes.
+    fn indexed(&self, tenants: &[String]) -> Vec<Indexed> {
+        let Some((first, others)) = tenants.split_first() else {
+            return Vec::new();
+        };
+        let for_all = |candidate: &Candidate| {
+            let owner = candidate.tenant.as_ref();
+            owner.is_none_or(|owner| others.iter().all(|other| other == owner))
+        };
+        let candidates = self.candidates(first).into_iter().filter(for_all);
+        let indexed = candidates.filter_map(|candidate| {
+            let path = record::index_path(&self.dir, &candidate.name);
+            match ContentIndex::open(&path, candidate.root) {
+                Ok(index) => Some(Indexed {
+                    file: candidate.file,
+                    index,
+                }),
+                Err(error) => {
+                    let why = format!("its index cannot be used: {error}");
+                    self.put_aside(&candidate.name, &why);
+                    None
+                }
+            }
+        });
+        indexed.collect()
+    }
+
     fn candidate(&self, record: &ImageRecord) -> Option<Candidate> {
         let root = parse_root(record.whole.as_ref()?.root.as_ref()?)?;
         let opened = image::open(&record.path).map(|(file, identity)| {
@@ -323,6 +370,7 @@ impl Library {
         match opened {
             Ok((file, identity, Ok(table))) if identity == record.identity => Some(Candidate {
                 name: record.name.clone(),
+                tenant: record.tenant.clone(),
                 file,
                 table,
                 root,

@@ -3,15 +3,12 @@
 use flimcd_core::VolumeName;
 use serde::{Deserialize, Serialize};
 use std::{
-    fs::{self, File},
-    io::{self, Write},
+    fs, io,
     path::{Path, PathBuf},
 };
 
 use super::image::Identity;
-
-/// Version of the files' format.
-const FORMAT: u32 = 1;
+use crate::records::{self, Record};
 
 /// What is known durably of one image.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -41,6 +38,16 @@ pub(super) struct Whole {
     pub(super) scanned_unix_ms: u64,
 }
 
+impl Record for ImageRecord {
+    const FORMAT: u32 = 1;
+    const OF: &'static str = "a library image";
+    const WITHOUT: &'static str = "";
+
+    fn format(&self) -> u32 {
+        self.format
+    }
+}
+
 impl ImageRecord {
     pub(super) fn new(
         name: VolumeName,
@@ -50,7 +57,7 @@ impl ImageRecord {
         now: u64,
     ) -> Self {
         Self {
-            format: FORMAT,
+            format: Self::FORMAT,
             name,
             path,
             tenant,
@@ -64,18 +71,17 @@ impl ImageRecord {
 
     /// Writes the record durably. Blocks for the disk.
     pub(super) fn save(&self, dir: &Path) -> io::Result<()> {
-        let text = serde_json::to_vec_pretty(self).map_err(io::Error::other)?;
-        let temporary = dir.join(format!("{}.tmp", self.name));
-        let mut file = File::create(&temporary)?;
-        file.write_all(&text)?;
-        file.sync_all()?;
-        fs::rename(&temporary, record_path(dir, &self.name))?;
-        File::open(dir)?.sync_all()
+        records::save(dir, &self.name, self)
     }
 }
 
+/// Where the index of an image's blocks is.
+pub(super) fn index_path(dir: &Path, name: &VolumeName) -> PathBuf {
+    dir.join(format!("{name}.index"))
+}
+
 pub(super) fn record_path(dir: &Path, name: &VolumeName) -> PathBuf {
-    dir.join(format!("{name}.json"))
+    records::path(dir, name)
 }
 
 pub(super) fn table_path(dir: &Path, name: &VolumeName) -> PathBuf {
@@ -88,35 +94,7 @@ pub(super) fn copy_path(dir: &Path, name: &VolumeName) -> PathBuf {
 
 /// Reads all records. Those that cannot be read are reported in the log and left alone.
 pub(super) fn load_all(dir: &Path) -> io::Result<Vec<ImageRecord>> {
-    let mut records = Vec::new();
-    for entry in fs::read_dir(dir)? {
-        let path = entry?.path();
-        let is = |wanted: &str| {
-            path.extension()
-                .is_some_and(|extension| extension == wanted)
-        };
-        if is("tmp") {
-            fs::remove_file(&path)?;
-        } else if is("json") {
-            match load(&path) {
-                Ok(record) => records.push(record),
-                Err(error) => tracing::error!(
-                    "the record of a library image {} cannot be read ({error}); it is left out",
-                    path.display()
-                ),
-            }
-        }
-    }
-    Ok(records)
-}
-
-fn load(path: &Path) -> io::Result<ImageRecord> {
-    let record: ImageRecord = serde_json::from_slice(&fs::read(path)?).map_err(io::Error::other)?;
-    if record.format != FORMAT {
-        let problem = format!("format {} of another version", record.format);
-        return Err(io::Error::other(problem));
-    }
-    Ok(record)
+    records::load_all(dir)
 }
 
 /// Removes a file; none is fine.

@@ -26,26 +26,40 @@ pub(crate) struct Chosen {
 }
 
 impl Seeds {
-    /// Reads what stands in the seed at the place of `chunk`, as many bytes as the volume has there. `None` when there is
+    /// Reads what stands in the seed at the place of `run`, as many bytes as the volume has there. `None` when there is
     /// nothing, or it cannot be read, or it is not what it should be.
     pub(crate) fn read(
         &self,
-        chunk: BlockRange,
+        run: BlockRange,
         expected: Fingerprint,
         buffer: &mut Vec<u8>,
     ) -> Option<()> {
-        let (volume, within) = self.layout.locate(chunk)?;
+        self.fill(run, buffer)?;
+        (Fingerprint::of_run(buffer) == expected).then_some(())
+    }
+
+    /// What stands in the seed at the place of `run`.
+    pub(crate) fn peek(&self, run: BlockRange) -> Option<Vec<u8>> {
+        let mut buffer = Vec::new();
+        self.fill(run, &mut buffer)?;
+        Some(buffer)
+    }
+
+    fn fill(&self, run: BlockRange, buffer: &mut Vec<u8>) -> Option<()> {
+        let (volume, within) = self.layout.locate(run)?;
         let image = self.images.get(volume)?.as_ref()?;
         let bytes = within.bytes(self.layout.size_of(volume));
         buffer.resize(usize::try_from(bytes.len()).ok()?, 0);
-        if let Err(error) = image.read_exact_at(buffer, bytes.start) {
-            tracing::warn!(
-                "an image of the library cannot be read at byte {}: {error}",
-                bytes.start
-            );
-            return None;
+        match image.read_exact_at(buffer, bytes.start) {
+            Ok(()) => Some(()),
+            // It may be smaller than the volume.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => None,
+            Err(error) => {
+                let at = bytes.start;
+                tracing::warn!("an image of the library cannot be read at byte {at}: {error}");
+                None
+            }
         }
-        (Fingerprint::of_run(buffer) == expected).then_some(())
     }
 }
 

@@ -15,6 +15,7 @@
 //! One migration moves one volume or several together, see [`volumes`]; what their records say together is in
 //! [`settle`]. The disks of a machine tell the machine's move how they fare through [`hooks`].
 
+mod arrive;
 mod base;
 pub(crate) mod hooks;
 mod peeks;

@@ -1,14 +1,16 @@
 //! Driver of a [`SourceMachine`].
 
 use bytes::Bytes;
+use flimcd_content::Examined;
 use flimcd_core::{BlockRange, Epoch, Seq, Time};
 use flimcd_migrate::{
     DiskError, LinkEstimate, SourceAction, SourceEvent, SourceMachine, SourcePhase, SourceRecord,
     Switchover,
 };
 use flimcd_volume::Ownership;
-use flimcd_wire::{ChunkPrefix, Entry, Message};
+use flimcd_wire::{ChunkPrefix, Entry, Message, Runs};
 use std::{
+    collections::HashMap,
     io,
     time::{Duration, Instant},
 };
@@ -19,6 +21,7 @@ use super::{
     peeks::{Answering, Question},
     progress::{add_content, eta_s, unix_ms},
     store::MigrationRecord,
+    workers::Tools,
 };
 use crate::{
     api::{self, ContentStats, Phase},
@@ -31,8 +34,54 @@ const DRAIN: Duration = Duration::from_millis(25);
 /// What the workers answer.
 pub(crate) enum Done {
     Read(Seq, Result<(Vec<Entry>, Bytes), DiskError>),
+    /// Something of it may be at the target.
+    Examined(Seq, Kept),
     Persisted(SourceRecord, Result<(), DiskError>),
     Peeked(Question, io::Result<Bytes>),
+}
+
+/// What was read and waits for what the target says of it.
+pub(crate) struct Kept {
+    content: Vec<u8>,
+    examined: Examined,
+    compress: bool,
+}
+
+/// What to do with what is read.
+struct HowToRead {
+    compress: bool,
+    /// What the target's seed has, chunk by chunk.
+    same: Vec<Option<ChunkPrefix>>,
+    /// Ask the target before the rest is packed.
+    probe: bool,
+}
+
+impl HowToRead {
+    fn examine_or_pack(self, seq: Seq, range: BlockRange, tools: &mut Tools) -> Done {
+        let encoded = if self.probe || !self.same.is_empty() {
+            let examined = Examined::of(range, &tools.buffer, &self.same);
+            if self.probe && examined.needs_probe() {
+                let kept = Kept {
+                    content: std::mem::take(&mut tools.buffer),
+                    examined,
+                    compress: self.compress,
+                };
+                return Done::Examined(seq, kept);
+            }
+            let content = std::mem::take(&mut tools.buffer);
+            let encoded = tools
+                .encoder(self.compress)
+                .pack(&content, &examined, &Runs::default());
+            tools.buffer = content;
+            encoded
+        } else {
+            let content = std::mem::take(&mut tools.buffer);
+            let encoded = tools.encoder(self.compress).encode(range, &content);
+            tools.buffer = content;
+            encoded
+        };
+        Done::Read(seq, Ok((encoded.entries, encoded.payload)))
+    }
 }
 
 /// See the module.
@@ -51,6 +100,8 @@ pub(crate) struct SourceDriver {
     told_ready: bool,
     /// Reads at the target before the switch.
     answering: Answering,
+    /// What was read and waits for what the target says of it.
+    kept: HashMap<Seq, Kept>,
     /// What an agent that ran before had counted.
     content_before: ContentStats,
 }
@@ -78,6 +129,7 @@ impl SourceDriver {
             granted: false,
             told_ready: false,
             answering: Answering::default(),
+            kept: HashMap::new(),
         };
         let now = driver.base.now();
         if driver.base.record.switchover_asked {
@@ -127,6 +179,11 @@ impl SourceDriver {
                 }
             }
             Event::Done(Done::Read(seq, result)) => self.machine.handle_read(now, seq, result),
+            Event::Done(Done::Examined(seq, kept)) => {
+                let probe = kept.examined.probe(seq);
+                self.kept.insert(seq, kept);
+                self.machine.handle_examined(now, probe);
+            }
             Event::Done(Done::Persisted(record, result)) => {
                 self.machine.handle_persisted(now, record, result);
             }
@@ -336,16 +393,19 @@ impl SourceDriver {
                 range,
                 compress,
                 same,
-                ..
+                probe,
             } => {
-                let same = same
-                    .first()
-                    .copied()
-                    .flatten()
-                    .filter(|_| range.len() == 16);
-                self.read(seq, range, compress, same);
+                let how = HowToRead {
+                    compress,
+                    same,
+                    probe,
+                };
+                self.read(seq, range, how);
             }
-            SourceAction::Pack { .. } | SourceAction::Forget(_) => {}
+            SourceAction::Pack { seq, had } => self.pack(seq, had),
+            SourceAction::Forget(seq) => {
+                self.kept.remove(&seq);
+            }
             SourceAction::MarkClean(ranges) => {
                 if let Err(error) = self.base.volumes.mark_clean(&ranges) {
                     self.base.note(format!(
@@ -372,7 +432,7 @@ impl SourceDriver {
         }
     }
 
-    fn read(&mut self, seq: Seq, range: BlockRange, compress: bool, same: Option<ChunkPrefix>) {
+    fn read(&mut self, seq: Seq, range: BlockRange, how: HowToRead) {
         // The marks are cleared here and now, the content is read later.
         let begun = self.base.volumes.begin_send(range);
         let done = self.base.begin_job();
@@ -382,22 +442,31 @@ impl SourceDriver {
                 tools.buffer.resize(length, 0);
                 sending.read(&mut tools.buffer)
             });
-            let result = read
-                .map(|()| {
-                    let encoder = if compress {
-                        &mut tools.pack
-                    } else {
-                        &mut tools.keep
-                    };
-                    let encoded = match same {
-                        Some(same) => encoder.encode_chunk(range, &tools.buffer, same),
-                        None => encoder.encode(range, &tools.buffer),
-                    };
-                    (encoded.entries, encoded.payload)
-                })
-                .map_err(|error| disk_error(&format!("reading blocks {range:?}"), &error));
+            let answer = match read {
+                Ok(()) => how.examine_or_pack(seq, range, tools),
+                Err(error) => {
+                    let what = format!("reading blocks {range:?}");
+                    Done::Read(seq, Err(disk_error(&what, &error)))
+                }
+            };
             // The driver is gone when the agent stops.
-            let _ = done.send(Done::Read(seq, result));
+            let _ = done.send(answer);
+        });
+    }
+
+    /// The target has said what it has of what was read.
+    fn pack(&mut self, seq: Seq, had: Runs) {
+        let Some(kept) = self.kept.remove(&seq) else {
+            return;
+        };
+        let done = self.base.begin_job();
+        self.base.workers.any_order(move |tools| {
+            let encoded = tools
+                .encoder(kept.compress)
+                .pack(&kept.content, &kept.examined, &had);
+            tools.buffer = kept.content;
+            // The driver is gone when the agent stops.
+            let _ = done.send(Done::Read(seq, Ok((encoded.entries, encoded.payload))));
         });
     }
 

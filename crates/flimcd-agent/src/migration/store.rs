@@ -6,17 +6,13 @@
 
 use flimcd_core::{Epoch, MigrationId, SiteName, VolumeId, VolumeName};
 use serde::{Deserialize, Serialize};
-use std::{
-    collections::BTreeMap,
-    fs::{self, File},
-    io::{self, Write},
-    path::{Path, PathBuf},
+use std::{collections::BTreeMap, fs, io, path::PathBuf};
+
+use crate::{
+    api::{MigrateRequest, MigrationStatus, Role},
+    records::{self, Record},
 };
 
-use crate::api::{MigrateRequest, MigrationStatus, Role};
-
-/// Version of the files' format.
-const FORMAT: u32 = 2;
 /// Ended migrations that are kept of the same volumes.
 const KEPT_PER_VOLUME: usize = 10;
 
@@ -55,6 +51,16 @@ pub(crate) struct MigrationRecord {
     pub(crate) status: MigrationStatus,
 }
 
+impl Record for MigrationRecord {
+    const FORMAT: u32 = 2;
+    const OF: &'static str = "a migration";
+    const WITHOUT: &'static str = ", and a volume that it was about waits";
+
+    fn format(&self) -> u32 {
+        self.format
+    }
+}
+
 impl MigrationRecord {
     /// A record of a migration that begins.
     pub(crate) fn new(
@@ -65,7 +71,7 @@ impl MigrationRecord {
         status: MigrationStatus,
     ) -> Self {
         Self {
-            format: FORMAT,
+            format: Self::FORMAT,
             id: status.id,
             role,
             volumes,
@@ -103,61 +109,20 @@ impl Store {
     /// cannot be read are reported in the log and left alone.
     pub(crate) fn open(dir: PathBuf) -> io::Result<(Self, Vec<MigrationRecord>)> {
         fs::create_dir_all(&dir)?;
-        let mut records = Vec::new();
-        for entry in fs::read_dir(&dir)? {
-            let path = entry?.path();
-            if path.extension().is_some_and(|extension| extension == "tmp") {
-                fs::remove_file(&path)?;
-            } else if path
-                .extension()
-                .is_some_and(|extension| extension == "json")
-            {
-                match read(&path) {
-                    Ok(record) => records.push(record),
-                    Err(error) => tracing::error!(
-                        "the record of a migration {} cannot be read ({error}); it is left out, \
-                         and a volume that it was about waits",
-                        path.display()
-                    ),
-                }
-            }
-        }
+        let mut records: Vec<MigrationRecord> = records::load_all(&dir)?;
         records.sort_by_key(|record| record.status.started_unix_ms);
         Ok((Self { dir }, records))
     }
 
     /// Writes a record durably. Blocks for the disk.
     pub(crate) fn save(&self, record: &MigrationRecord) -> io::Result<()> {
-        let text = serde_json::to_vec_pretty(record).map_err(io::Error::other)?;
-        let temporary = self.dir.join(format!("{}.tmp", record.id));
-        let mut file = File::create(&temporary)?;
-        file.write_all(&text)?;
-        file.sync_all()?;
-        fs::rename(&temporary, self.path(record.id))?;
-        File::open(&self.dir)?.sync_all()
+        records::save(&self.dir, &record.id, record)
     }
 
-    /// Removes a record; none is fine.
+    /// Removes a record; none is fine. Blocks for the disk.
     pub(crate) fn remove(&self, id: MigrationId) -> io::Result<()> {
-        match fs::remove_file(self.path(id)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
-        }
+        records::remove(&self.dir, &id)
     }
-
-    fn path(&self, id: MigrationId) -> PathBuf {
-        self.dir.join(format!("{id}.json"))
-    }
-}
-
-fn read(path: &Path) -> io::Result<MigrationRecord> {
-    let text = fs::read(path)?;
-    let record: MigrationRecord = serde_json::from_slice(&text).map_err(io::Error::other)?;
-    if record.format != FORMAT {
-        let problem = format!("format {} of another version", record.format);
-        return Err(io::Error::other(problem));
-    }
-    Ok(record)
 }
 
 /// Ended migrations that are too many for their volumes, oldest first. Those that the target has

@@ -1,32 +1,30 @@
 //! Driver of a [`TargetMachine`].
 
-use flimcd_content::{Decoded, Fingerprints, zero_runs};
 use flimcd_core::{BlockRange, BlockSet, Epoch, Time};
 use flimcd_link::Credit;
 use flimcd_migrate::{
     ApplyId, ContentCount, DiskError, SyncId, TargetAction, TargetConfig, TargetEvent,
     TargetMachine, TargetPhase, TargetStart,
 };
-use flimcd_volume::{ApplyData, Volume};
-use flimcd_wire::{Blocks, Entry, Message, SampleChunk};
+use flimcd_wire::{Blocks, Message, Probe, Probed, SampleChunk};
 use std::{
     io,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
 use super::{
+    arrive::{Sources, Written, tenants},
     base::{Base, Command, CommandError, Event, Outcome, Setup, disk_error},
     hooks::DisksEvent,
     peeks::Asking,
     progress::{add_content, unix_ms},
     store::MigrationRecord,
     volumes::VolumeSet,
-    workers::Tools,
 };
 use crate::{
     api::{ContentStats, Phase},
-    library::{Chosen, Library, Seeds},
+    library::{Chosen, Finder, Library, Seeds},
     links::LinkInput,
 };
 
@@ -37,19 +35,11 @@ const LOOK: Duration = Duration::from_millis(50);
 pub(crate) enum Done {
     Applied(ApplyId, Result<Written, DiskError>),
     Seed(Option<Chosen>),
+    Probed(Probed),
     Synced(SyncId, Result<(), DiskError>),
     Owner(Epoch, Result<(), DiskError>),
     Refused(Epoch, Result<(), DiskError>),
     Completed(Result<(), DiskError>),
-}
-
-/// What became of a message's content.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Written {
-    /// It is on the disk.
-    All,
-    /// The seed does not hold what the message says.
-    Lacking,
 }
 
 /// How a driver begins.
@@ -79,6 +69,8 @@ pub(crate) struct TargetDriver {
     library: Arc<Library>,
     /// What the source may refer to. Its table is dropped once the source was told of it.
     seeds: Option<Arc<Seeds>>,
+    /// Where blocks are looked for, once the source has asked for some.
+    finder: Arc<OnceLock<Finder>>,
     content: ContentCount,
     content_before: ContentStats,
 }
@@ -101,6 +93,7 @@ impl TargetDriver {
             credit: None,
             library: begin.library.clone(),
             seeds: None,
+            finder: Arc::default(),
         })
     }
 
@@ -215,6 +208,10 @@ impl TargetDriver {
     fn answer(&mut self, now: Time, done: Done) {
         match done {
             Done::Seed(chosen) => self.answer_seed(now, chosen),
+            Done::Probed(probed) => {
+                self.content.count_probed(&probed);
+                self.machine.handle_probed(now, probed);
+            }
             Done::Applied(id, Ok(Written::Lacking)) => self.machine.handle_lacking(now, id),
             Done::Applied(id, result) => {
                 self.machine.handle_applied(now, id, result.map(|_| ()));
@@ -347,7 +344,7 @@ impl TargetDriver {
                 });
             }
             TargetAction::ChooseSeed { sample } => self.choose_seed(sample),
-            TargetAction::Probe(_) => {}
+            TargetAction::Probe(probe) => self.probe(probe),
             TargetAction::Discard => self.discard = true,
         }
     }
@@ -357,15 +354,28 @@ impl TargetDriver {
         let (volumes, library) = (self.base.volumes.clone(), self.library.clone());
         let done = self.base.begin_job();
         self.base.workers.record(move || {
-            let tenant = |volume: &Arc<Volume>| volume.record().map(|record| record.tenant.clone());
-            let tenants: Vec<_> = volumes
-                .all()
-                .iter()
-                .map(|v| tenant(v).unwrap_or_default())
-                .collect();
-            let chosen = library.choose(volumes.layout(), &tenants, &sample);
+            let chosen = library.choose(volumes.layout(), &tenants(&volumes), &sample);
             let _ = done.send(Done::Seed(chosen));
         });
+    }
+
+    /// Looks for blocks that the source is about to send.
+    fn probe(&mut self, probe: Probe) {
+        let (library, sources, done) =
+            (self.library.clone(), self.sources(), self.base.begin_job());
+        self.base.workers.any_order(move |_| {
+            let probed = sources.probe(&library, &probe);
+            // The driver is gone when the agent stops.
+            let _ = done.send(Done::Probed(probed));
+        });
+    }
+
+    fn sources(&self) -> Sources {
+        Sources {
+            volumes: self.base.volumes.clone(),
+            seeds: self.seeds.clone(),
+            finder: self.finder.clone(),
+        }
     }
 
     fn answer_seed(&mut self, now: Time, chosen: Option<Chosen>) {
@@ -383,12 +393,12 @@ impl TargetDriver {
             self.content.count(*entry);
         }
         self.base.status.bytes_sent += blocks.payload.len() as u64;
-        let (volumes, done) = (self.base.volumes.clone(), self.base.begin_job());
-        let (credit, seeds) = (self.credit.take(), self.seeds.clone());
+        let (sources, done) = (self.sources(), self.base.begin_job());
+        let credit = self.credit.take();
         self.base
             .workers
             .in_order(ranges.into_iter(), move |tools| {
-                let result = write_blocks(&volumes, seeds.as_deref(), tools, &blocks);
+                let result = sources.write_blocks(tools, &blocks);
                 drop(credit);
                 // The driver is gone when the agent stops.
                 let _ = done.send(Done::Applied(id, result));
@@ -455,71 +465,6 @@ impl TargetDriver {
         }
         self.base.publish();
     }
-}
-
-/// Unpacks and writes one message. Of one that refers to what the seed does not hold some may be written: it is what the
-/// source had, and comes again.
-fn write_blocks(
-    volumes: &VolumeSet,
-    seeds: Option<&Seeds>,
-    tools: &mut Tools,
-    blocks: &Blocks,
-) -> Result<Written, DiskError> {
-    for (entry, payload) in blocks.parts() {
-        let write = |volume: &Volume, within: Entry| {
-            let shift = entry.range.start - within.range.start;
-            write_entry(volume, seeds, shift, tools, within, &payload)
-        };
-        let written = volumes
-            .apply(entry, write)
-            .map_err(|error| disk_error(&format!("writing blocks {:?}", entry.range), &error))?;
-        if written == Written::Lacking {
-            return Ok(Written::Lacking);
-        }
-    }
-    Ok(Written::All)
-}
-
-/// Writes an entry; `shift` is where the volume begins in the layout.
-fn write_entry(
-    volume: &Volume,
-    seeds: Option<&Seeds>,
-    shift: u64,
-    tools: &mut Tools,
-    entry: Entry,
-    payload: &[u8],
-) -> io::Result<Written> {
-    let decoded = tools.unpack.decode(&entry, payload, volume.size());
-    let data = match decoded.map_err(io::Error::other)? {
-        Decoded::Zeroes => ApplyData::Zeroes,
-        Decoded::Bytes(bytes) => ApplyData::Bytes(bytes),
-        Decoded::Same(chunks) => {
-            return write_same(volume, seeds, shift, &mut tools.buffer, chunks);
-        }
-    };
-    volume.apply(entry.range, data)?;
-    Ok(Written::All)
-}
-
-/// Writes what the seed has at the same place, from the very bytes that were found to be right.
-fn write_same(
-    volume: &Volume,
-    seeds: Option<&Seeds>,
-    shift: u64,
-    buffer: &mut Vec<u8>,
-    chunks: Fingerprints<'_>,
-) -> io::Result<Written> {
-    for (chunk, fingerprint) in chunks.chunks() {
-        let place = BlockRange::new(chunk.start + shift, chunk.end + shift);
-        let read = seeds.and_then(|seeds| seeds.read(place, fingerprint, buffer));
-        if read.is_none() {
-            return Ok(Written::Lacking);
-        }
-        for (range, bytes) in zero_runs(chunk, buffer) {
-            volume.apply(range, bytes.map_or(ApplyData::Zeroes, ApplyData::Bytes))?;
-        }
-    }
-    Ok(Written::All)
 }
 
 fn sync(volumes: &VolumeSet) -> Result<(), DiskError> {

@@ -42,6 +42,15 @@ impl Tools {
             buffer: Vec::new(),
         }
     }
+
+    /// The encoder that compresses, or the one that does not.
+    pub(crate) fn encoder(&mut self, compress: bool) -> &mut Encoder {
+        if compress {
+            &mut self.pack
+        } else {
+            &mut self.keep
+        }
+    }
 }
 
 type Job = Box<dyn FnOnce(&mut Tools) + Send>;

@@ -15,10 +15,8 @@ use flimcd_qemu::{Adopted, Disk, Qmp, QmpError};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeMap,
-    fmt,
-    fs::{self, File},
-    io::{self, Write},
-    path::{Path, PathBuf},
+    fmt, fs, io,
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 use tokio::sync::Semaphore;
@@ -27,10 +25,8 @@ use super::qmp_error;
 use crate::{
     api::{ApiCode, ErrorBody},
     error::refuse,
+    records::{self, Record},
 };
-
-/// Version of the files' format.
-const FORMAT: u32 = 1;
 
 /// Where a machine stands with this agent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,6 +68,16 @@ pub(crate) struct VmDisk {
     pub(crate) adopted: Option<Adopted>,
 }
 
+impl Record for VmRecord {
+    const FORMAT: u32 = 1;
+    const OF: &'static str = "a machine";
+    const WITHOUT: &'static str = ", and its disks stay on their exports";
+
+    fn format(&self) -> u32 {
+        self.format
+    }
+}
+
 impl VmRecord {
     /// A record of a machine whose monitor is at `qmp`; [`Vms::save`] makes it known.
     pub(crate) const fn new(
@@ -81,7 +87,7 @@ impl VmRecord {
         disks: Vec<VmDisk>,
     ) -> Self {
         Self {
-            format: FORMAT,
+            format: Self::FORMAT,
             name,
             qmp,
             state,
@@ -170,25 +176,10 @@ impl Vms {
     /// reported in the log and left alone.
     pub(crate) fn open(dir: PathBuf) -> io::Result<Arc<Self>> {
         fs::create_dir_all(&dir)?;
-        let mut records = BTreeMap::new();
-        for entry in fs::read_dir(&dir)? {
-            let path = entry?.path();
-            let extension = path.extension().and_then(|extension| extension.to_str());
-            match extension {
-                Some("tmp") => fs::remove_file(&path)?,
-                Some("json") => match read(&path) {
-                    Ok(record) => {
-                        records.insert(record.name.clone(), record);
-                    }
-                    Err(error) => tracing::error!(
-                        "the record of a machine {} cannot be read ({error}); it is left out, and its disks stay \
-                         on their exports",
-                        path.display()
-                    ),
-                },
-                _ => {}
-            }
-        }
+        let records = records::load_all(&dir)?.into_iter();
+        let records = records
+            .map(|record: VmRecord| (record.name.clone(), record))
+            .collect();
         let known = Known {
             records,
             ..Known::default()
@@ -226,32 +217,19 @@ impl Vms {
     /// Makes a record durable and known, in the place of one of the same name. Blocks for the disk. Whoever calls
     /// this has the machine to itself: see [`begin`](Self::begin).
     pub(crate) fn save(&self, record: VmRecord) -> io::Result<()> {
-        let text = serde_json::to_vec_pretty(&record).map_err(io::Error::other)?;
-        let temporary = self.dir.join(format!("{}.tmp", record.name));
-        let mut file = File::create(&temporary)?;
-        file.write_all(&text)?;
-        file.sync_all()?;
-        fs::rename(&temporary, self.path(&record.name))?;
-        File::open(&self.dir)?.sync_all()?;
+        records::save(&self.dir, &record.name, &record)?;
         self.known().records.insert(record.name.clone(), record);
         Ok(())
     }
 
     /// Forgets a machine, durably, and hangs up its monitor; none is fine. Blocks for the disk.
     pub(crate) fn remove(&self, name: &VolumeName) -> io::Result<()> {
-        match fs::remove_file(self.path(name)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => File::open(&self.dir)?.sync_all()?,
-        }
+        records::remove(&self.dir, name)?;
         let mut known = self.known();
         known.records.remove(name);
         known.problems.remove(name);
         known.monitors.remove(name);
         Ok(())
-    }
-
-    fn path(&self, name: &VolumeName) -> PathBuf {
-        self.dir.join(format!("{name}.json"))
     }
 
     /// Has the machine to oneself until the answer is dropped. `Adopting` and `Arriving` ask for a name that no
@@ -370,16 +348,6 @@ impl Vms {
     pub(crate) fn drop_qmp(&self, name: &VolumeName) {
         self.known().monitors.remove(name);
     }
-}
-
-fn read(path: &Path) -> io::Result<VmRecord> {
-    let text = fs::read(path)?;
-    let record: VmRecord = serde_json::from_slice(&text).map_err(io::Error::other)?;
-    if record.format != FORMAT {
-        let problem = format!("format {} of another version", record.format);
-        return Err(io::Error::other(problem));
-    }
-    Ok(record)
 }
 
 fn unknown(name: &VolumeName) -> ErrorBody {

@@ -30,7 +30,7 @@ const ENOUGH_BLOCKS: u64 = 2048;
 const WORTH: u64 = 64;
 /// One read in so many asks while it does not pay.
 const SAMPLED: u64 = 16;
-/// Chunks that are not asked about again, because the target did not have what it said.
+/// Chunks that are remembered because the target did not have what it said.
 const DOUBTED_MAX: usize = 4096;
 
 /// What answers have been like.
@@ -40,6 +40,9 @@ pub(super) struct Probing {
     had: u64,
     /// Reads since the last one that asked although it does not pay.
     skipped: u64,
+    /// Chunks of messages of which the target did not have something: sent one by one, so that what it does have counts.
+    alone: BTreeSet<u64>,
+    /// Chunks of which it did not have something even so: not asked about again.
     doubted: BTreeSet<u64>,
 }
 
@@ -83,14 +86,25 @@ impl Probing {
         }
     }
 
-    /// The target did not have what it said: these are not asked about again.
-    pub(super) fn doubt(&mut self, range: BlockRange) {
-        for block in range.iter() {
-            self.doubted.insert(block.chunk().0);
+    /// The target did not have all of a message that covered this. True when it was of one chunk, which is to be sent in full.
+    pub(super) fn lacked(&mut self, range: BlockRange) -> bool {
+        let chunks = range.start / BLOCKS_PER_CHUNK..range.end.div_ceil(BLOCKS_PER_CHUNK);
+        let is_one = chunks.end - chunks.start <= 1;
+        let set = if is_one {
+            &mut self.doubted
+        } else {
+            &mut self.alone
+        };
+        set.extend(chunks);
+        while set.len() > DOUBTED_MAX {
+            set.pop_first();
         }
-        while self.doubted.len() > DOUBTED_MAX {
-            self.doubted.pop_first();
-        }
+        is_one
+    }
+
+    /// Whether the chunk has to go in a message of its own.
+    pub(super) fn is_alone(&self, range: BlockRange) -> bool {
+        self.alone.contains(&(range.start / BLOCKS_PER_CHUNK))
     }
 }
 
@@ -126,11 +140,7 @@ impl SourceMachine {
             return self.protocol_error("it has more than it was asked about");
         }
         self.probing.answered(asked, had);
-        let (same, repeated) = (u64::from(probed.same_place), u64::from(probed.repeated));
-        let content = &mut self.progress.content;
-        content.same_blocks += same;
-        content.repeated_blocks += repeated;
-        content.elsewhere_blocks += had - same - repeated;
+        self.progress.content.count_probed(&probed);
         self.pack(probed.seq, probed.had);
     }
 

@@ -11,13 +11,15 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use flimcd_core::{BLOCKS_PER_CHUNK, BlockIndex, BlockRange, Time, limits};
+use flimcd_core::{BLOCKS_PER_CHUNK, BlockIndex, BlockRange, ChunkIndex, Time, limits};
 use flimcd_wire::{
     ChunkPrefix, Content, Entry, Message, SampleChunk, SeedOffer, SeedPart, SeedTable,
 };
 
 /// Content waits so long for an answer, and for the next part of the table.
 const WAIT_MAX: Duration = Duration::from_secs(3);
+/// Chunks that are read together whatever they hold: neighbours compress better together than alone, by a tenth.
+const RUN_CHUNKS_MIN: u64 = 4;
 /// Chunks that are read together at most: what fits one message.
 const RUN_CHUNKS_MAX: u64 = limits::MAX_BLOCKS_PER_MESSAGE / BLOCKS_PER_CHUNK;
 /// So many messages may come back before the image at the target is taken for another one.
@@ -69,7 +71,7 @@ impl Seeding {
             is_current: false,
             hold_until: None,
             lacking: 0,
-            run_chunks: 1,
+            run_chunks: RUN_CHUNKS_MIN,
         }
     }
 
@@ -182,18 +184,14 @@ impl Seeding {
         }
         let chunks = range.start / BLOCKS_PER_CHUNK..range.end / BLOCKS_PER_CHUNK;
         chunks
-            .map(|chunk| self.same(flimcd_core::ChunkIndex(chunk).blocks()))
+            .map(|chunk| self.same(ChunkIndex(chunk).blocks()))
             .collect()
     }
 
     /// Chunks to be read together: the longer the runs are that the target turns out to have, the more, because a run is one
-    /// entry of one message. One, where there is nothing to compare with.
+    /// entry of one message.
     pub(super) fn run_chunks(&self) -> u64 {
-        if self.offer.is_some() {
-            self.run_chunks
-        } else {
-            1
-        }
+        self.run_chunks
     }
 
     /// Content was packed. What is sent over a seed is no longer in it.
@@ -208,30 +206,27 @@ impl Seeding {
             }
             is_same &= entry.content == Content::Zero;
             if received.offer.in_place {
-                let first = BlockIndex(entry.range.start).chunk().0;
-                for chunk in first..entry.range.end.div_ceil(BLOCKS_PER_CHUNK) {
-                    received.table.set(flimcd_core::ChunkIndex(chunk), None);
+                let range = entry.range;
+                for chunk in range.start / BLOCKS_PER_CHUNK..range.end.div_ceil(BLOCKS_PER_CHUNK) {
+                    received.table.set(ChunkIndex(chunk), None);
                 }
             }
         }
         self.run_chunks = if is_same {
             (self.run_chunks * 2).min(RUN_CHUNKS_MAX)
         } else {
-            (self.run_chunks / 2).max(1)
+            (self.run_chunks / 2).max(RUN_CHUNKS_MIN)
         };
     }
 
-    /// The target does not have these after all.
-    pub(super) fn lacks(&mut self, range: BlockRange) -> Verdict {
+    /// A message of these came back; with `for_good` it is not tried again.
+    pub(super) fn lacks(&mut self, range: BlockRange, for_good: bool) -> Verdict {
         self.lacking += 1;
-        let Some(received) = &mut self.offer else {
+        if self.offer.is_none() {
             return Verdict::Again;
-        };
-        let mut at = range.start;
-        while at < range.end {
-            let chunk = BlockIndex(at).chunk();
-            received.table.set(chunk, None);
-            at = chunk.blocks().end;
+        }
+        if for_good {
+            self.clear(range);
         }
         if self.lacking > LACKING_MAX {
             self.offer = None;
@@ -243,6 +238,16 @@ impl Seeding {
             Verdict::First
         } else {
             Verdict::Again
+        }
+    }
+
+    /// The target does not have these after all.
+    pub(super) fn clear(&mut self, range: BlockRange) {
+        let Some(received) = &mut self.offer else {
+            return;
+        };
+        for chunk in range.start / BLOCKS_PER_CHUNK..range.end.div_ceil(BLOCKS_PER_CHUNK) {
+            received.table.set(ChunkIndex(chunk), None);
         }
     }
 

@@ -40,10 +40,14 @@ impl SourceMachine {
     fn begin_run(&mut self, now: Time, mut range: BlockRange) {
         let max = self.seeding.run_chunks() * BLOCKS_PER_CHUNK;
         self.pending.remove_range(range);
-        while range.len() < max && self.phase != SourcePhase::PostCopy {
+        while range.len() < max
+            && !self.probing.is_alone(range)
+            && self.phase != SourcePhase::PostCopy
+        {
             let Some(next) = self.choose(now) else { break };
             self.pending.remove_range(next);
             let follows = next.start == range.end
+                && !self.probing.is_alone(next)
                 && !self.places.iter().any(|place| place.start == next.start);
             if follows && range.len() + next.len() <= max {
                 range.end = next.end;
@@ -184,7 +188,8 @@ impl SourceMachine {
             .filter(|flight| flight.stage == Stage::Sent)
             .map(|flight| flight.range);
         let Some(range) = sent else { return };
-        match self.seeding.lacks(range) {
+        let is_one = self.probing.lacked(range);
+        match self.seeding.lacks(range, is_one) {
             Verdict::First => self.note(
                 "the image in the target's library does not hold what its table says; what differs is sent",
             ),
@@ -194,7 +199,6 @@ impl SourceMachine {
             }
         }
         self.flights.abandon(seq, &mut self.pending);
-        self.probing.doubt(range);
         // A demand for these blocks may have come while they seemed to be on their way.
         let is_urgent = match self.phase {
             SourcePhase::PostCopy => is_waited_for || !self.seeding.is_in_doubt(),
@@ -202,6 +206,7 @@ impl SourceMachine {
             _ => false,
         };
         if is_urgent {
+            self.seeding.clear(range);
             for piece in by_chunk(range) {
                 self.start_read(piece, true);
             }

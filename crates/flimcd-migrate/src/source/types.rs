@@ -2,7 +2,7 @@
 
 use flimcd_core::{BlockRange, BlockSet, Epoch, MigrationId, Seq, VolumeSize};
 use flimcd_wire::{
-    ChunkPrefix, Content, Entry, Runs, SourceStage, TargetReport, VolumeOffer, WireError,
+    ChunkPrefix, Content, Entry, Probed, Runs, SourceStage, TargetReport, VolumeOffer, WireError,
 };
 
 /// What a migration is about.
@@ -183,6 +183,14 @@ pub struct ContentCount {
 }
 
 impl ContentCount {
+    /// Counts what a target said it has, which [`count`](Self::count) leaves out.
+    pub fn count_probed(&mut self, probed: &Probed) {
+        let (same, repeated) = (u64::from(probed.same_place), u64::from(probed.repeated));
+        self.same_blocks += same;
+        self.repeated_blocks += repeated;
+        self.elsewhere_blocks += probed.had.blocks().saturating_sub(same + repeated);
+    }
+
     /// Counts an entry of a message.
     pub fn count(&mut self, entry: Entry) {
         let blocks = entry.range.len();

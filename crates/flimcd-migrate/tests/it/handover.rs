@@ -33,7 +33,7 @@ fn a_cancellation_after_any_message_leaves_the_guest_at_one_site() {
 #[test]
 fn a_cancellation_while_the_link_is_down_is_said_later() {
     let mut pair = Pair::started("precopy");
-    pair.drive_messages(6);
+    pair.drive_messages(2);
     pair.link_down();
     pair.source.handle_cancel(pair.now);
     pair.drive_until(|pair| pair.source.phase() == SourcePhase::Cancelled);

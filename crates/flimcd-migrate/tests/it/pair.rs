@@ -29,6 +29,9 @@ pub(crate) const DELAY: Duration = Duration::from_millis(10);
 /// Between two messages of one lane.
 const PACE: Duration = Duration::from_micros(200);
 
+/// No test takes so long.
+const ENDLESS: Duration = Duration::from_secs(3600);
+
 /// What has been put on a lane and when it arrives.
 type Lane = VecDeque<(Time, Message)>;
 
@@ -344,6 +347,10 @@ impl Pair {
             if done(self) || !self.step() {
                 return;
             }
+            assert!(
+                self.now < Time::ZERO + ENDLESS,
+                "what is waited for never comes"
+            );
         }
     }
 
@@ -558,6 +565,10 @@ impl Pair {
                         _ => continue,
                     };
                     let Some(found) = found else {
+                        // All of the message comes again.
+                        for block in blocks.ranges().flat_map(BlockRange::iter) {
+                            self.known.remove(&block.0);
+                        }
                         return self.target.handle_lacking(self.now, id);
                     };
                     values.extend((entry.range.start..).zip(found));

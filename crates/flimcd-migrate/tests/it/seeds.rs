@@ -40,8 +40,8 @@ fn chunks_that_the_target_has_are_not_sent() {
         pair.assert_completed();
         assert_eq!(pair.arrived, pair.image);
         let (same, other) = sent(&pair);
-        assert_eq!(same, [chunk(0), chunk(2), chunk(3)], "{strategy}");
-        assert_eq!(other, [chunk(1)], "{strategy}");
+        let blocks = |runs: &[BlockRange]| runs.iter().map(|run| run.len()).sum::<u64>();
+        assert_eq!((blocks(&same), other), (48, vec![chunk(1)]), "{strategy}");
         let named = SourceEvent::Seed("base".to_owned());
         assert!(pair.source_events.contains(&named), "{strategy}");
         assert_eq!(pair.source.progress().content.same_blocks, 48);
@@ -65,13 +65,9 @@ fn what_the_image_does_not_hold_any_more_is_sent_in_full() {
         pair.drive();
         pair.assert_completed();
         assert_eq!(pair.arrived, pair.image, "{strategy}");
-        let (same, mut other) = sent(&pair);
+        let mut other = sent(&pair).1;
         other.sort_unstable();
-        assert_eq!(
-            (same.len(), &other[..]),
-            (4, &[chunk(1), chunk(3)][..]),
-            "{strategy}"
-        );
+        assert_eq!(other, [chunk(1), chunk(3)], "{strategy}");
         let notes =
             |e: &&SourceEvent| matches!(e, SourceEvent::Note(text) if text.contains("library"));
         assert_eq!(pair.source_events.iter().filter(notes).count(), 1);
@@ -144,7 +140,7 @@ fn a_switch_does_not_count_on_what_is_lacking() {
     let mut pair = Pair::with_seed("flimcd", image(&[]), image(&[3, 20, 40, 60]));
     pair.is_slow = true;
     pair.link_up();
-    pair.drive_until(|pair| pair.sent.len() == 4);
+    pair.drive_until(|pair| pair.sent.len() == 1);
     pair.source.handle_switchover(pair.now, Switchover::Now);
     let late = pair.now + std::time::Duration::from_secs(10);
     pair.drive_until(|pair| pair.target.phase() == TargetPhase::Switching || pair.now > late);

@@ -6,16 +6,12 @@
 use flimcd_core::{MigrationId, SiteName, VolumeName};
 use flimcd_qemu::Disk;
 use serde::{Deserialize, Serialize};
-use std::{
-    fs::{self, File},
-    io::{self, Write},
-    path::{Path, PathBuf},
+use std::{fs, io, path::PathBuf};
+
+use crate::{
+    api::{MoveVm, Role, VmMoveStatus},
+    records::{self, Record},
 };
-
-use crate::api::{MoveVm, Role, VmMoveStatus};
-
-/// Version of the files' format.
-const FORMAT: u32 = 1;
 
 /// What the target has to know to start a machine; travels as JSON.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,6 +67,16 @@ pub(crate) struct SessionRecord {
     pub(crate) status: VmMoveStatus,
 }
 
+impl Record for SessionRecord {
+    const FORMAT: u32 = 1;
+    const OF: &'static str = "a machine's move";
+    const WITHOUT: &'static str = ", and its disks wait";
+
+    fn format(&self) -> u32 {
+        self.format
+    }
+}
+
 impl SessionRecord {
     pub(crate) fn new(
         status: VmMoveStatus,
@@ -78,7 +84,7 @@ impl SessionRecord {
         description: Description,
     ) -> Self {
         Self {
-            format: FORMAT,
+            format: Self::FORMAT,
             id: status.id,
             role: status.role,
             vm: status.vm.clone(),
@@ -102,52 +108,18 @@ impl SessionStore {
     /// reported in the log and left alone.
     pub(crate) fn open(dir: PathBuf) -> io::Result<(Self, Vec<SessionRecord>)> {
         fs::create_dir_all(&dir)?;
-        let mut records = Vec::new();
-        for entry in fs::read_dir(&dir)? {
-            let path = entry?.path();
-            match path.extension().and_then(|extension| extension.to_str()) {
-                Some("tmp") => fs::remove_file(&path)?,
-                Some("json") => match read(&path) {
-                    Ok(record) => records.push(record),
-                    Err(error) => tracing::error!(
-                        "the record of a machine's move {} cannot be read ({error}); it is left out, and its disks wait",
-                        path.display()
-                    ),
-                },
-                _ => {}
-            }
-        }
+        let mut records: Vec<SessionRecord> = records::load_all(&dir)?;
         records.sort_by_key(|record| record.status.started_unix_ms);
         Ok((Self { dir }, records))
     }
 
     /// Writes a record durably. Blocks for the disk.
     pub(crate) fn save(&self, record: &SessionRecord) -> io::Result<()> {
-        let text = serde_json::to_vec_pretty(record).map_err(io::Error::other)?;
-        let temporary = self.dir.join(format!("{}.tmp", record.id));
-        let mut file = File::create(&temporary)?;
-        file.write_all(&text)?;
-        file.sync_all()?;
-        fs::rename(&temporary, self.dir.join(format!("{}.json", record.id)))?;
-        File::open(&self.dir)?.sync_all()
+        records::save(&self.dir, &record.id, record)
     }
 
     /// Forgets a record; none is fine. Blocks for the disk.
     pub(crate) fn remove(&self, id: MigrationId) -> io::Result<()> {
-        match fs::remove_file(self.dir.join(format!("{id}.json"))) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => File::open(&self.dir)?.sync_all(),
-        }
-    }
-}
-
-fn read(path: &Path) -> io::Result<SessionRecord> {
-    let text = fs::read(path)?;
-    let record: SessionRecord = serde_json::from_slice(&text).map_err(io::Error::other)?;
-    if record.format == FORMAT {
-        Ok(record)
-    } else {
-        let problem = format!("format {} of another version", record.format);
-        Err(io::Error::other(problem))
+        records::remove(&self.dir, &id)
     }
 }
