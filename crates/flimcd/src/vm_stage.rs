@@ -73,8 +73,9 @@ pub(crate) const TO: &str = Agents::NAMES[1];
 
 /// Two agents beside a stage.
 pub(crate) struct Two {
-    agents: Agents,
+    // Dropped before the agents: a machine without the one that serves its disks waits for it, also to end.
     target: Arriving,
+    agents: Agents,
     source_api: Client,
 }
 
@@ -87,8 +88,8 @@ impl Two {
             .map_err(|error: AgentError| anyhow::anyhow!("{error}"))?;
         let source_api = Client::new(agents.at(Side::A).api_socket());
         Ok(Self {
-            agents,
             target,
+            agents,
             source_api,
         })
     }

@@ -9,10 +9,18 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rustix::{
+    net::sockopt::socket_peercred,
+    process::{Signal, kill_process},
+};
+
 use super::{LoadLine, QemuSpec, Stage, process::complaints_in};
 
 /// How long a guest may take to switch itself off.
 const OFF_MAX: Duration = Duration::from_secs(60);
+
+/// How long a machine may say nothing before it is killed.
+const QUIT_MAX: Duration = Duration::from_secs(5);
 
 /// See the module.
 #[derive(Debug)]
@@ -23,18 +31,26 @@ pub struct Arriving {
 }
 
 impl Drop for Arriving {
-    /// Ends the machine, which is no child of ours.
+    /// Ends the machine, which is no child of ours. One that waits for its disks does not end when it is asked.
     fn drop(&mut self) {
-        let quit = || -> io::Result<()> {
-            let mut monitor = UnixStream::connect(self.spec.lab_qmp())?;
-            monitor.write_all(b"{\"execute\":\"qmp_capabilities\"}\n{\"execute\":\"quit\"}\n")?;
-            monitor.set_read_timeout(Some(Duration::from_secs(5)))?;
-            // Until it hangs up.
-            io::copy(&mut monitor, &mut io::sink()).map(drop)
-        };
         // It may have ended already.
-        let _ = quit();
+        let Ok(monitor) = UnixStream::connect(self.spec.lab_qmp()) else {
+            return;
+        };
+        let Ok(machine) = socket_peercred(&monitor) else {
+            return;
+        };
+        if quit(monitor).is_err() {
+            let _ = kill_process(machine.pid, Signal::KILL);
+        }
     }
+}
+
+/// Asks a machine to end, and waits until it hangs up.
+fn quit(mut monitor: UnixStream) -> io::Result<()> {
+    monitor.write_all(b"{\"execute\":\"qmp_capabilities\"}\n{\"execute\":\"quit\"}\n")?;
+    monitor.set_read_timeout(Some(QUIT_MAX))?;
+    io::copy(&mut monitor, &mut io::sink()).map(drop)
 }
 
 impl Arriving {

@@ -31,9 +31,9 @@ static TURN: Mutex<()> = Mutex::new(());
 
 /// A guest at site A under care of its agent, and an agent at site B that can take it.
 struct World {
-    // Dropped in this order.
-    agents: Agents,
+    // Dropped in this order: a machine without the agent that serves its disks waits for it, also to end.
     arriving: Arriving,
+    agents: Agents,
     stage: Stage,
     client: Client,
     vm: VolumeName,
