@@ -17,9 +17,9 @@ fn main() {
     };
     #[cfg(feature = "mutations")]
     if let Some(name) = args.get(3) {
-        options.mutation = flimcd_sim::Mutation::ALL
+        options.mutation = flimcd_sim::Mutation::all()
             .into_iter()
-            .find(|mutation| format!("{mutation:?}") == *name);
+            .find(|mutation| mutation.name() == *name);
     }
     if to == from + 1 {
         options.trace = true;

@@ -11,6 +11,10 @@ pub(crate) const SECTOR_LEN: usize = 512;
 pub(crate) const ZERO: u64 = 0;
 /// Stamp of what the image held in the beginning.
 pub(crate) const INITIAL: u64 = 1;
+/// Stamps from here on leave the same bytes in every block: what is written by them can be found elsewhere.
+pub(crate) const COMMON: u64 = 1 << 60;
+/// Sectors of a block.
+const BLOCK_SECTORS: u64 = 8;
 
 /// Fills the bytes of whole sectors from `sector` on; the last one may be short.
 pub(crate) fn fill(bytes: &mut [u8], sector: u64, stamp: u64) {
@@ -24,6 +28,11 @@ pub(crate) fn fill(bytes: &mut [u8], sector: u64, stamp: u64) {
 }
 
 fn fill_sector(bytes: &mut [u8], sector: u64, stamp: u64) {
+    let sector = if stamp >= COMMON {
+        sector % BLOCK_SECTORS
+    } else {
+        sector
+    };
     let seed = mix(stamp ^ sector.rotate_left(40));
     // Every third stamp does not compress.
     let step = if stamp.is_multiple_of(3) {
@@ -79,5 +88,17 @@ mod tests {
                 assert_eq!(stamp_of(&bytes[..SECTOR_LEN], 40), None, "torn");
             }
         }
+    }
+
+    #[test]
+    fn common_content_is_the_same_in_every_block_and_at_no_other_place_in_it() {
+        let filled = |sector| {
+            let mut bytes = vec![0xee; SECTOR_LEN];
+            fill(&mut bytes, sector, COMMON + 5);
+            bytes
+        };
+        assert_eq!(filled(3), filled(83));
+        assert_eq!(stamp_of(&filled(3), 83), Some(COMMON + 5));
+        assert_eq!(stamp_of(&filled(3), 84), None, "misplaced");
     }
 }

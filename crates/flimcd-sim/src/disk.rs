@@ -72,6 +72,12 @@ impl Disk {
         self.medium[start..end].copy_from_slice(&self.cache[start..end]);
     }
 
+    /// Holds what the other one does, for good, before the simulation begins.
+    pub(crate) fn copy_from(&mut self, other: &Self) {
+        self.cache.clone_from(&other.cache);
+        self.medium.clone_from(&other.cache);
+    }
+
     /// What a process sees.
     pub(crate) fn bytes(&self, range: ByteRange) -> &[u8] {
         &self.cache[index(range.start)..index(range.end)]

@@ -172,6 +172,9 @@ impl World {
         let host = &mut self.hosts[site.index()];
         let was_up = host.up;
         host.lose_power(&mut self.dice, kept);
+        if site == Site::Source {
+            self.standing.source_forgets();
+        }
         if was_up {
             self.stop_agent(site);
         }

@@ -178,7 +178,7 @@ impl World {
             n => {
                 self.guest.next_stamp += 1;
                 Kind::Write {
-                    stamp: self.guest.next_stamp,
+                    stamp: self.elsewhere.common().unwrap_or(self.guest.next_stamp),
                     durable: n == 2,
                 }
             }

@@ -11,7 +11,6 @@ use bytes::Bytes;
 use flimcd_core::{BlockRange, BlockSet, ByteRange, Epoch, Seq, Time, VolumeSize};
 use flimcd_migrate::{ApplyId, DiskError};
 use flimcd_volume::rules::{ApplyToken, Mode, Rules, Ticket};
-use flimcd_wire::ChunkPrefix;
 
 use crate::{
     content::SECTOR_LEN,
@@ -19,6 +18,7 @@ use crate::{
     disk::{Disk, Sectors},
     flow::Flow,
     guest::RequestId,
+    packing::HowToPack,
     plan::DiskPlan,
 };
 
@@ -117,8 +117,13 @@ pub(crate) enum Purpose {
     Send {
         seq: Seq,
         range: BlockRange,
-        compress: bool,
-        same: Vec<Option<ChunkPrefix>>,
+        how: HowToPack,
+    },
+    /// A look at the target's own disk, for an entry of a message; `at` says where in the entry the bytes belong.
+    Fetch {
+        id: ApplyId,
+        entry: usize,
+        at: usize,
     },
     /// A part of an apply.
     Apply { id: ApplyId, token: ApplyToken },

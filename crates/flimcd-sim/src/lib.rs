@@ -9,24 +9,32 @@
 //!   guest ── requests ──► host (rules, disk, records)   ◄─ actions ─ agent (machine) ── frames ──► net ──► the other site
 //!     └── what it saw ──► model
 //! ```
-//! * `host`, `disk`, `flow`, `volume`: one site's machine. What a process kill and a power loss leave of it is decided there.
-//! * `source`, `target`: the agents, which do with a machine what its contract asks for.
-//! * `seed`: an image in the target's library, with a table that may lie.
+//! * `host`, `disk`, `flow`, `volume`, `arrive`, `packing`: one site's machine. What a process kill and a power loss leave of it is
+//!   decided there.
+//! * `source`, `target`, `link`: the agents, which do with a machine what its contract asks for.
+//! * `base`: what stands at the target before, and what both sides know of it. `seed`: an image in the target's library, or that
+//!   copy, with a table that may lie. `elsewhere`: content at other places, with hints that may be stale.
 //! * `guest` decides what is asked for, `faults` what goes wrong; `plan` draws both from the seed.
 //! * `model`, `resend`, `check` know only what must hold: every read returns what it may; at most one owner; after a power
 //!   loss everything flushed is there; no block that arrived is sent again because of a link break; when faults
 //!   stop the migration ends, both sites agree how, and the image is what the guest made it.
 
+mod arrive;
+mod base;
+mod broken;
 mod check;
 mod content;
 mod dice;
 mod disk;
+mod elsewhere;
 mod faults;
 mod flow;
 mod guest;
 mod host;
+mod link;
 mod model;
 mod net;
+mod packing;
 mod plan;
 mod range;
 mod resend;
@@ -44,7 +52,9 @@ use std::{
 };
 
 #[cfg(feature = "mutations")]
-pub use flimcd_volume::rules::Mutation;
+pub use broken::Mutation;
+#[cfg(feature = "mutations")]
+pub use flimcd_volume::rules::Mutation as Rule;
 pub use range::{RangeReport, run_range};
 
 use world::World;

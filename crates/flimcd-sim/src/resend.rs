@@ -73,6 +73,11 @@ impl Resend {
         }
     }
 
+    /// The target asks for a block of a message that has arrived, before it has begun to write it.
+    pub(crate) fn asked_for_late(&mut self, block: BlockIndex) {
+        self.asked_for[crate::disk::index(block.0)] = true;
+    }
+
     /// A message goes on the link. The first block that has arrived as it is, if any, unless it was asked for too late.
     pub(crate) fn sent(&mut self, blocks: &Blocks) -> Option<BlockIndex> {
         let mut again = None;

@@ -1,4 +1,5 @@
-//! An image in the target's library, which resembles the volume: what its table says, and what is really there.
+//! An image in the target's library, which resembles the volume: what its table says, and what is really there. Or the copy that stands
+//! where the volume is to arrive, which is written over while it is read.
 //!
 //! It is drawn apart from everything else, so that what a seed of the simulator meant before there were images it still means.
 
@@ -21,6 +22,8 @@ const OTHER: u64 = 0x5eed;
 pub(crate) struct SeedImage {
     size: VolumeSize,
     table: SeedTable,
+    /// It is the copy at the target; `bytes` is not used then.
+    pub(crate) in_place: bool,
     bytes: Vec<u8>,
     /// How long the target looks for it.
     search_us: u64,
@@ -58,17 +61,41 @@ impl SeedImage {
         Some(Self {
             size,
             table,
+            in_place: false,
             bytes,
             search_us,
             dice,
         })
     }
 
-    /// What the image holds, if it is what the source says.
-    pub(crate) fn read(&self, range: BlockRange, expected: Fingerprint) -> Option<&[u8]> {
+    /// The copy that stands at the target, as a table of it says, in some places wrongly.
+    pub(crate) fn in_place(seed: u64, size: VolumeSize, source: &Disk, copy: &Disk) -> Self {
+        let mut dice = Dice::new(seed ^ 0x1b_1ace);
+        let lies_permille = dice.pick(&[0, 0, 100, 1000]);
+        let search_us = dice.pick(&[0, 1_000, 30_000]);
+        let mut table = SeedTable::new(size.chunks());
+        for chunk in (0..size.chunks()).map(ChunkIndex) {
+            let range = chunk.blocks().bytes(size);
+            let lies = dice.permille(lies_permille);
+            let here = if lies { source } else { copy }.bytes(range);
+            if !flimcd_content::is_zero(here) {
+                table.set(chunk, Some(Fingerprint::of_run(here).prefix()));
+            }
+        }
+        Self {
+            size,
+            table,
+            in_place: true,
+            bytes: Vec::new(),
+            search_us,
+            dice,
+        }
+    }
+
+    /// What the image holds; `None` when it is the volume's own copy.
+    pub(crate) fn bytes(&self, range: BlockRange) -> Option<&[u8]> {
         let bytes = range.bytes(self.size);
-        let here = &self.bytes[index(bytes.start)..index(bytes.end)];
-        (Fingerprint::of_run(here) == expected).then_some(here)
+        self.bytes.get(index(bytes.start)..index(bytes.end))
     }
 }
 
@@ -104,7 +131,7 @@ impl World {
         let choice = self.seed.as_ref().map(|seed| SeedChoice {
             id: SeedId([1; 16]),
             name: "base".to_owned(),
-            in_place: false,
+            in_place: seed.in_place,
             table: seed.table.clone().into(),
         });
         self.target_input(move |machine, now| machine.handle_seed(now, choice));

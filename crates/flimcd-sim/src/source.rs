@@ -1,19 +1,19 @@
 //! The source's agent: runs the source machine over a host, as the real agent does.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
-use flimcd_content::{Compression, Encoder, Examined};
 use flimcd_core::{BlockRange, Epoch, MigrationId, Seq, Time, VolumeId};
 use flimcd_migrate::{
     LinkEstimate, SourceAction, SourceConfig, SourceEvent, SourceMachine, SourcePhase, SourceStart,
     policy,
 };
 use flimcd_volume::rules::{Mode, Rules};
-use flimcd_wire::{ChunkPrefix, Class, Content, Message, Runs, SourceStage, VolumeOffer};
+use flimcd_wire::{Class, Content, Message, SourceStage, VolumeOffer};
 
 use crate::{
     flow::Persisting,
-    host::{Done, Io, Purpose, Stage, after},
+    host::{Io, Purpose, Stage, after},
+    packing::{HowToPack, Kept},
     world::{Event, Site, World},
 };
 
@@ -33,21 +33,8 @@ pub(crate) struct SourceAgent {
     pub(crate) persisting: Persisting,
     /// The machine waits for the guest's I/O to end.
     freezing: bool,
-}
-
-/// Packs content, as the machine asks for.
-pub(crate) struct Encoders {
-    raw: Encoder,
-    packed: Encoder,
-}
-
-impl Encoders {
-    pub(crate) fn new() -> Self {
-        Self {
-            raw: Encoder::new(Compression::None),
-            packed: Encoder::new(Compression::DEFAULT),
-        }
-    }
+    /// Content that was read and waits for what the target says of it.
+    pub(crate) kept: BTreeMap<Seq, Kept>,
 }
 
 impl World {
@@ -62,27 +49,22 @@ impl World {
         // Marks come first, then the look at what there is.
         host.rules.start_tracking();
         let data = host.data_blocks();
-        host.unacked = data.clone();
-        for block in host.size.all_blocks().iter() {
-            if host.rules.is_dirty(BlockRange::single(block)) {
-                host.unacked.insert(block);
-            }
-        }
+        // All of it, until the target has said what stands there.
+        host.unacked.insert_range(host.size.all_blocks());
         host.unacked_is_valid = true;
-        self.make_source(SourceStart::Fresh {
-            data,
-            changed: None,
-        });
+        let base = self.standing.begin().map(|(base, _)| base);
+        let changed = self.changed_at_source();
+        self.make_source(SourceStart::Fresh { data, changed }, base);
     }
 
-    fn make_source(&mut self, start: SourceStart) {
+    fn make_source(&mut self, start: SourceStart, base: Option<MigrationId>) {
         let config = SourceConfig {
             migration: MigrationId(1),
             volumes: vec![VolumeOffer {
                 id: VolumeId(2),
                 name: "vm".parse().expect("a name"),
                 size: self.plan.size,
-                base: None,
+                base,
             }],
             session: None,
             size: self.plan.size,
@@ -128,7 +110,7 @@ impl World {
         }
         self.mutate(Site::Source);
         if let Some(stage) = stage {
-            self.make_source(SourceStart::Resume { stage, unacked });
+            self.make_source(SourceStart::Resume { stage, unacked }, None);
         }
     }
 
@@ -191,12 +173,12 @@ impl World {
     fn check_sent(&mut self, message: &Message) {
         match message {
             Message::Blocks(blocks) => {
-                if blocks
-                    .entries
-                    .iter()
-                    .any(|entry| entry.content == Content::Same)
-                {
+                let has = |content| blocks.entries.iter().any(|entry| entry.content == content);
+                if has(Content::Same) {
                     self.cover("sent as the same");
+                }
+                if has(Content::Copy) {
+                    self.cover("sent as copies");
                 }
                 if let Some(block) = self.resend.sent(blocks) {
                     let seq = blocks.seq;
@@ -227,16 +209,16 @@ impl World {
                 range,
                 compress,
                 same,
-                ..
+                probe,
             } => {
                 self.host(Site::Source).rules.begin_send(range);
                 self.resend.read(seq, range);
-                let purpose = Purpose::Send {
-                    seq,
-                    range,
+                let how = HowToPack {
                     compress,
                     same,
+                    probe,
                 };
+                let purpose = Purpose::Send { seq, range, how };
                 self.submit(Site::Source, Io::Read(range.bytes(size)), purpose);
             }
             SourceAction::MarkClean(ranges) => {
@@ -262,7 +244,9 @@ impl World {
                 self.host(Site::Source).rules.release();
                 self.pump(Site::Source);
             }
-            SourceAction::SetPacing(_) | SourceAction::Pack { .. } | SourceAction::Forget(_) => {}
+            SourceAction::Pack { seq, had } => self.pack(seq, &had),
+            SourceAction::Forget(seq) => self.forget(seq),
+            SourceAction::SetPacing(_) => {}
         }
     }
 
@@ -274,30 +258,6 @@ impl World {
             let dirty = host.rules.take_dirty();
             self.source_input(move |machine, now| machine.handle_frozen(now, &dirty));
         }
-    }
-
-    /// A read to be sent ended.
-    pub(crate) fn send_read_done(
-        &mut self,
-        seq: Seq,
-        range: BlockRange,
-        compress: bool,
-        same: &[Option<ChunkPrefix>],
-        result: Done,
-    ) {
-        self.host(Site::Source).rules.end_send(range);
-        let result = result.map(|bytes| {
-            let encoders = &mut self.encoders;
-            let encoder = if compress {
-                &mut encoders.packed
-            } else {
-                &mut encoders.raw
-            };
-            let examined = Examined::of(range, &bytes, same);
-            let encoded = encoder.pack(&bytes, &examined, &Runs::default());
-            (encoded.entries, encoded.payload)
-        });
-        self.source_input(move |machine, now| machine.handle_read(now, seq, result));
     }
 
     /// Drains the dirty marks into the machine.

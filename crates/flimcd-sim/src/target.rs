@@ -13,9 +13,10 @@ use flimcd_wire::{
 };
 
 use crate::{
+    arrive,
+    elsewhere::Finder,
     flow::{AfterFlush, Flow, TakeOver},
     host::{Record, Stage, after},
-    volume,
     world::{Event, Site, World},
 };
 
@@ -28,8 +29,9 @@ pub(crate) struct TargetAgent {
     inbox: VecDeque<Input>,
     busy: bool,
     timer: Option<Time>,
-    pub(crate) messages: BTreeMap<ApplyId, volume::Message>,
-    pub(crate) applies: BTreeMap<ApplyToken, volume::Apply>,
+    pub(crate) messages: BTreeMap<ApplyId, arrive::Message>,
+    pub(crate) applies: BTreeMap<ApplyToken, arrive::Apply>,
+    pub(crate) finder: Finder,
     pub(crate) decoder: Decoder,
     /// How many blocks are missing, as the machine was told.
     pub(crate) told_missing: Option<u64>,
@@ -44,7 +46,7 @@ impl World {
             size: self.plan.size,
             waits_for_vm: false,
             incarnation: self.dice.next(),
-            bases: vec![flimcd_wire::Base::Zeroes],
+            bases: self.bases(),
         };
         self.trace(|| format!("target machine: {start:?}"));
         self.target.machine = Some(TargetMachine::new(config, start, self.now));
@@ -103,7 +105,8 @@ impl World {
             let record = self.host(Site::Target).record.visible;
             match (&message, record.stage) {
                 (_, Stage::Gone) => return self.answer_ended(&message),
-                (Message::Open(_), Stage::None) => {
+                (Message::Open(open), Stage::None) => {
+                    self.look_at_base(open);
                     self.host(Site::Target).set_stage(Stage::Incoming);
                     self.make_target(TargetStart::Fresh);
                 }
@@ -234,7 +237,7 @@ impl World {
             TargetAction::AskForMissing { blocks } => self.ask_for_missing(blocks),
             TargetAction::Complete { epoch } => self.start_flush(site, AfterFlush::Complete(epoch)),
             TargetAction::ChooseSeed { .. } => self.choose_seed(),
-            TargetAction::Probe(_) => {}
+            TargetAction::Probe(probe) => self.probe(probe),
             TargetAction::Discard => self.start_flow(site, Flow::Discard),
         }
     }

@@ -2,11 +2,7 @@
 //! then is carried out. The same at both sites.
 
 use bytes::Bytes;
-use flimcd_content::Decoded;
-use flimcd_core::{BlockRange, ByteRange};
-use flimcd_migrate::{ApplyId, DiskError};
-use flimcd_volume::rules::{Admission, ApplyPlan, ApplyToken, GuestOp, Mode, Outcome, Ticket};
-use flimcd_wire::Blocks;
+use flimcd_volume::rules::{Admission, GuestOp, Mode, Outcome, Ticket};
 
 use crate::{
     flow::AfterFlush,
@@ -14,25 +10,6 @@ use crate::{
     host::{Done, Io, Purpose, after, trimmed},
     world::{Event, Site, World},
 };
-
-/// A message whose content is being written.
-pub(crate) struct Message {
-    blocks: Blocks,
-    /// Entries that are not written yet.
-    left: usize,
-    error: Option<DiskError>,
-    /// The seed does not hold what it says.
-    is_lacking: bool,
-}
-
-/// An entry of a message that is being written.
-pub(crate) struct Apply {
-    id: ApplyId,
-    entry: usize,
-    /// Pieces that are not written yet.
-    left: usize,
-    failed: bool,
-}
 
 impl World {
     // ---- guest requests
@@ -93,6 +70,7 @@ impl World {
         };
         if kind.writes() && site == Site::Source {
             self.resend.write_starts(range);
+            self.standing.source_writes(range);
             if newly_dirty {
                 // In the page cache before the write is submitted.
                 self.host(site).unacked.insert_range(range.blocks_touched());
@@ -168,6 +146,11 @@ impl World {
     fn tell_target(&mut self) {
         while let Some(range) = self.host(Site::Target).rules.poll_fault() {
             self.cover("blocks demanded");
+            for block in range.iter() {
+                if self.is_being_fetched(block) {
+                    self.resend.asked_for_late(block);
+                }
+            }
             self.target_input(move |machine, now| machine.handle_fault(now, range));
         }
         if !self.plan.tells_late {
@@ -203,135 +186,6 @@ impl World {
         }
     }
 
-    // ---- content that arrived
-
-    /// Writes the content of a message.
-    pub(crate) fn apply_message(&mut self, id: ApplyId, blocks: Blocks) {
-        let ranges: Vec<BlockRange> = blocks.ranges().collect();
-        let message = Message {
-            blocks,
-            left: ranges.len(),
-            error: None,
-            is_lacking: false,
-        };
-        self.target.messages.insert(id, message);
-        for (range, entry) in ranges.into_iter().zip(0..) {
-            let plan = self.host(Site::Target).rules.begin_apply(range);
-            let apply = Apply {
-                id,
-                entry,
-                left: 0,
-                failed: false,
-            };
-            self.target.applies.insert(plan.token, apply);
-            if plan.wait {
-                self.cover("apply waited for another one");
-            } else {
-                self.run_apply(&plan);
-            }
-        }
-    }
-
-    fn run_apply(&mut self, plan: &ApplyPlan) {
-        let (token, size) = (plan.token, self.plan.size);
-        let Some(apply) = self.target.applies.get_mut(&token) else {
-            return self.fail(format!(
-                "an apply became ready that nobody began: {token:?}"
-            ));
-        };
-        let (id, entry) = (apply.id, apply.entry);
-        apply.left = plan.write.len();
-        if plan.blocks_to_write() < plan.range.len() {
-            self.cover("fetched content dropped");
-        }
-        if plan.write.is_empty() {
-            return self.end_apply(token);
-        }
-        let Some((entry, payload)) = self.target.messages[&id].blocks.parts().nth(entry) else {
-            return self.fail(format!("an apply of an entry that is not there: {token:?}"));
-        };
-        let content = match self.target.decoder.decode(&entry, &payload, size) {
-            Ok(Decoded::Copy(_)) => return self.fail("a copy that was not asked for".to_owned()),
-            Ok(Decoded::Same(expected)) => {
-                let seed = self.seed.as_ref();
-                let Some(found) = seed.and_then(|seed| seed.read(entry.range, expected)) else {
-                    if let Some(message) = self.target.messages.get_mut(&id) {
-                        message.is_lacking = true;
-                    }
-                    if let Some(apply) = self.target.applies.get_mut(&token) {
-                        apply.failed = true;
-                    }
-                    return self.end_apply(token);
-                };
-                Some(Bytes::copy_from_slice(found))
-            }
-            Ok(Decoded::Zeroes) => None,
-            Ok(Decoded::Bytes(bytes)) => Some(Bytes::copy_from_slice(bytes)),
-            Err(error) => return self.fail(format!("content that cannot be decoded: {error}")),
-        };
-        let base = entry.range.bytes(size).start;
-        for run in &plan.write {
-            let bytes = run.bytes(size);
-            let io = match &content {
-                None => Io::Zero(bytes),
-                Some(content) => {
-                    let part = ByteRange::new(bytes.start - base, bytes.end - base);
-                    let part = crate::disk::index(part.start)..crate::disk::index(part.end);
-                    Io::Write(bytes.start, content.slice(part))
-                }
-            };
-            self.submit(Site::Target, io, Purpose::Apply { id, token });
-        }
-    }
-
-    fn apply_io_done(&mut self, id: ApplyId, token: ApplyToken, result: Done) {
-        let Some(apply) = self.target.applies.get_mut(&token) else {
-            return;
-        };
-        apply.left -= 1;
-        let done = apply.left == 0;
-        if let Err(error) = result {
-            apply.failed = true;
-            if let Some(message) = self.target.messages.get_mut(&id) {
-                message.error = Some(error);
-            }
-        }
-        if done {
-            self.end_apply(token);
-        }
-    }
-
-    fn end_apply(&mut self, token: ApplyToken) {
-        let Some(apply) = self.target.applies.remove(&token) else {
-            return;
-        };
-        let outcome = if apply.failed {
-            Outcome::Failed
-        } else {
-            Outcome::Done
-        };
-        let host = self.host(Site::Target);
-        host.rules.end_apply(token, outcome);
-        host.note_missing();
-        self.pump(Site::Target);
-        let Some(message) = self.target.messages.get_mut(&apply.id) else {
-            return;
-        };
-        message.left -= 1;
-        if message.left == 0
-            && let Some(message) = self.target.messages.remove(&apply.id)
-        {
-            if message.is_lacking {
-                self.cover("lacking at the target");
-                self.resend.lacking(message.blocks.seq);
-                let id = apply.id;
-                return self.target_input(move |machine, now| machine.handle_lacking(now, id));
-            }
-            let result = message.error.map_or(Ok(()), Err);
-            self.target_input(move |machine, now| machine.handle_applied(now, apply.id, result));
-        }
-    }
-
     // ---- I/O
 
     /// I/O ended.
@@ -347,12 +201,8 @@ impl World {
             Purpose::Guest { request, ticket } => {
                 self.guest_io_done(site, request, ticket, result);
             }
-            Purpose::Send {
-                seq,
-                range,
-                compress,
-                same,
-            } => self.send_read_done(seq, range, compress, &same, result),
+            Purpose::Send { seq, range, how } => self.send_read_done(seq, range, &how, result),
+            Purpose::Fetch { id, entry, at } => self.fetch_io_done(id, entry, at, result),
             Purpose::Apply { id, token } => self.apply_io_done(id, token, result),
             Purpose::Flow(id) => self.flow_done(site, id, result.map(|_| ())),
         }

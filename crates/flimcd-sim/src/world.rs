@@ -7,22 +7,24 @@ use std::{
     time::Duration,
 };
 
-use flimcd_core::{ByteRange, MigrationId, Time};
+use flimcd_core::{ByteRange, Time};
 use flimcd_volume::rules::Mode;
-use flimcd_wire::{Body, Class, Frame, FrameDecoder, Message, encode};
 
 use crate::{
     SimOptions,
+    base::Standing,
     content::INITIAL,
     dice::Dice,
+    elsewhere::Elsewhere,
     guest::Guest,
     host::{Host, Stage},
     model::Model,
-    net::{Net, Parcel},
+    net::Net,
+    packing::Encoders,
     plan::Plan,
     resend::Resend,
     seed::SeedImage,
-    source::{Encoders, SourceAgent},
+    source::SourceAgent,
     target::TargetAgent,
 };
 
@@ -108,6 +110,11 @@ pub(crate) enum Event {
     SeedFound {
         life: u64,
     },
+    /// The target has looked for the blocks of a probe.
+    Looked {
+        life: u64,
+        number: u64,
+    },
     StartMigration,
     AgentStarts {
         site: Site,
@@ -178,6 +185,10 @@ pub(crate) struct World {
     pub(crate) encoders: Encoders,
     /// The target's library.
     pub(crate) seed: Option<SeedImage>,
+    /// What the target has at other places.
+    pub(crate) elsewhere: Elsewhere,
+    /// What stood at the target before.
+    pub(crate) standing: Standing,
     pub(crate) guest: Guest,
     pub(crate) model: Model,
     pub(crate) resend: Resend,
@@ -193,6 +204,26 @@ impl World {
         let mut dice = Dice::new(seed);
         let plan = Plan::draw(&mut dice, options);
         let host = |mode| Host::new(plan.size, plan.disk.clone(), mode);
+        let mut hosts = [host(Mode::Owner), host(Mode::Incoming)];
+        let mut model = Model::new(plan.size.bytes());
+        let data = draw_data(&mut dice, &plan);
+        let [source, target] = &mut hosts;
+        let mut format = |range: ByteRange, stamp| {
+            source.disk.format(range, stamp);
+            model.format(range, stamp);
+        };
+        data.into_iter().for_each(|range| format(range, INITIAL));
+        let mut elsewhere = Elsewhere::draw(seed, plan.size, |block, stamp| {
+            format(block.bytes(plan.size), stamp);
+        });
+        elsewhere.fill(plan.size, &source.disk);
+        let standing = Standing::draw(seed, plan.size, &source.disk, &mut target.disk);
+        let seed = if standing.is_copy && !seed.is_multiple_of(4) {
+            let (source, copy) = (&source.disk, &target.disk);
+            Some(SeedImage::in_place(seed, plan.size, source, copy))
+        } else {
+            SeedImage::draw(seed, plan.size, &source.disk)
+        };
         let mut world = Self {
             now: Time::ZERO,
             queue: BinaryHeap::new(),
@@ -200,13 +231,15 @@ impl World {
             options: options.clone(),
             net: Net::new(plan.net.clone()),
             connecting: false,
-            hosts: [host(Mode::Owner), host(Mode::Incoming)],
+            hosts,
             source: SourceAgent::default(),
             target: TargetAgent::default(),
             encoders: Encoders::new(),
-            seed: None,
+            seed,
+            elsewhere,
+            standing,
             guest: Guest::new(),
-            model: Model::new(plan.size.bytes()),
+            model,
             resend: Resend::new(plan.size),
             encore: None,
             coverage: BTreeMap::new(),
@@ -216,23 +249,12 @@ impl World {
             plan,
         };
         world.prepare();
-        let disk = &world.hosts[Site::Source.index()].disk;
-        world.seed = SeedImage::draw(seed, world.plan.size, disk);
         world
     }
 
     fn prepare(&mut self) {
-        let size = self.plan.size;
         let plan = self.plan.clone();
         self.trace(|| format!("{plan:#?}"));
-        for chunk in (0..size.chunks()).map(flimcd_core::ChunkIndex) {
-            if self.dice.permille(self.plan.data_permille) {
-                let range = chunk.blocks().bytes(size);
-                let range = ByteRange::new(range.start, range.end.min(size.bytes()));
-                self.host(Site::Source).disk.format(range, INITIAL);
-                self.model.format(range, INITIAL);
-            }
-        }
         self.host(Site::Source)
             .set_stage(Stage::Owner { migrating: false });
         for site in Site::BOTH {
@@ -253,7 +275,10 @@ impl World {
     pub(crate) fn mutate(&mut self, site: Site) {
         #[cfg(feature = "mutations")]
         {
-            let mutation = self.options.mutation;
+            let mutation = match self.options.mutation {
+                Some(crate::Mutation::Volume(mutation)) => Some(mutation),
+                _ => None,
+            };
             self.host(site).rules.set_mutation(mutation);
         }
         #[cfg(not(feature = "mutations"))]
@@ -324,7 +349,9 @@ impl World {
             Event::TellCounts { life } if self.lives(Site::Target, life) => self.tell_counts(),
             Event::Estimate { life } if self.lives(Site::Source, life) => self.tell_estimate(life),
             Event::SeedFound { life } if self.lives(Site::Target, life) => self.seed_found(),
+            Event::Looked { life, number } if self.lives(Site::Target, life) => self.looked(number),
             Event::Io { .. }
+            | Event::Looked { .. }
             | Event::Timer { .. }
             | Event::DirtyPoll { .. }
             | Event::TellCounts { .. }
@@ -410,172 +437,19 @@ impl World {
             self.guest_connects_soon();
         }
     }
-
-    // ---- the link
-
-    /// Hands a message to the link, as bytes.
-    pub(crate) fn transmit(&mut self, from: Site, class: Class, message: Message) {
-        self.trace(|| format!("{from} sends {}", brief(&message)));
-        let encoded = encode(&Body::Frame(Frame {
-            migration: MigrationId(1),
-            class,
-            message,
-        }));
-        let parcel = Parcel {
-            head: encoded.head,
-            payload: encoded.payload,
-        };
-        if self.net.send(from, class, parcel) {
-            let generation = self.net.generation;
-            self.at(self.now, Event::Depart { from, generation });
-        }
-    }
-
-    fn depart(&mut self, from: Site, generation: u64) {
-        if generation != self.net.generation || !self.net.connected {
-            return;
-        }
-        if let Some(departure) = self.net.depart(from, self.now, &mut self.dice) {
-            self.at(
-                departure.arrival,
-                Event::Arrive {
-                    from,
-                    lane: departure.lane,
-                    generation,
-                },
-            );
-            self.at(departure.free, Event::Depart { from, generation });
-        }
-        match from {
-            Site::Source => self.source_transmits(),
-            Site::Target => self.target_transmits(),
-        }
-    }
-
-    fn arrive(&mut self, from: Site, lane: usize, generation: u64) {
-        if generation != self.net.generation {
-            return;
-        }
-        if let Some(until) = self.net.stalled_until(from, self.now) {
-            return self.at(
-                until,
-                Event::Arrive {
-                    from,
-                    lane,
-                    generation,
-                },
-            );
-        }
-        let Some(parcel) = self.net.arrive(from, lane, self.now) else {
-            return;
-        };
-        let message = match decode(&parcel) {
-            Ok(message) => message,
-            Err(error) => return self.fail(error),
-        };
-        self.trace(|| format!("{} gets {}", from.other(), brief(&message)));
-        match from {
-            Site::Source => self.target_message(message),
-            Site::Target => {
-                self.source_input(|machine, now| machine.handle_message(now, message));
-            }
-        }
-    }
-
-    /// The agents try to connect after a while.
-    pub(crate) fn connect_in(&mut self, wait: Duration) {
-        if !self.connecting {
-            self.connecting = true;
-            self.at(self.now + wait, Event::Connect);
-        }
-    }
-
-    fn connect(&mut self) {
-        self.connecting = false;
-        if self.net.connected || self.hosts.iter().any(|host| !host.up) {
-            return;
-        }
-        let stalled = Site::BOTH
-            .into_iter()
-            .filter_map(|site| self.net.stalled_until(site, self.now))
-            .max();
-        if let Some(until) = stalled {
-            return self.connect_in(until.since(self.now) + Duration::from_millis(5));
-        }
-        if self.net.up != [false; 2] {
-            return self.connect_in(Duration::from_millis(30));
-        }
-        let up_at = Site::BOTH.map(|_| self.now + self.dice.micros(0, 30_000));
-        self.net.connect(up_at);
-        let generation = self.net.generation;
-        for site in Site::BOTH {
-            self.at(up_at[site.index()], Event::LinkUp { site, generation });
-        }
-    }
-
-    fn link_up(&mut self, site: Site, generation: u64) {
-        if generation != self.net.generation || !self.net.connected || !self.host(site).up {
-            return;
-        }
-        self.trace(|| format!("link up at the {site}, connection {generation}"));
-        self.net.up[site.index()] = true;
-        match site {
-            Site::Source => self.source_input(|machine, now| machine.handle_link_up(now)),
-            Site::Target => self.target_input(|machine, now| machine.handle_link_up(now)),
-        }
-    }
-
-    fn link_down(&mut self, site: Site, generation: u64) {
-        if generation != self.net.generation || !self.net.up[site.index()] {
-            return;
-        }
-        self.trace(|| format!("link down at the {site}"));
-        self.net.up[site.index()] = false;
-        match site {
-            Site::Source => self.source_input(|machine, now| machine.handle_link_down(now)),
-            Site::Target => self.target_input(|machine, now| machine.handle_link_down(now)),
-        }
-    }
-
-    /// The connection breaks; the sites notice at different times.
-    pub(crate) fn break_link(&mut self) {
-        if !self.net.connected {
-            return;
-        }
-        let down_at = Site::BOTH.map(|_| self.now + self.dice.micros(0, 200_000));
-        let cut = down_at.map(|at| if self.dice.coin() { self.now } else { at });
-        self.trace(|| "the link breaks".to_owned());
-        self.net.disconnect(cut);
-        let generation = self.net.generation;
-        for site in Site::BOTH {
-            self.at(down_at[site.index()], Event::LinkDown { site, generation });
-        }
-        let wait = down_at[0].max(down_at[1]).since(self.now) + self.dice.micros(1_000, 300_000);
-        self.connect_in(wait);
-    }
 }
 
-fn decode(parcel: &Parcel) -> Result<Message, String> {
-    let mut decoder = FrameDecoder::new();
-    decoder.buffer().extend_from_slice(&parcel.head);
-    decoder.buffer().extend_from_slice(&parcel.payload);
-    match decoder.poll() {
-        Ok(Some(Body::Frame(frame))) => Ok(frame.message),
-        other => Err(format!("a frame does not decode: {other:?}")),
-    }
-}
-
-fn brief(message: &Message) -> String {
-    match message {
-        Message::Blocks(blocks) => {
-            let ranges: Vec<_> = blocks.ranges().collect();
-            let same = blocks
-                .entries
-                .iter()
-                .any(|e| e.content == flimcd_wire::Content::Same);
-            let how = if same { " the same" } else { "" };
-            format!("Blocks {:?} {ranges:?}{how}", blocks.seq)
+/// Where the volume holds anything in the beginning.
+fn draw_data(dice: &mut Dice, plan: &Plan) -> Vec<ByteRange> {
+    let mut data = Vec::new();
+    for chunk in (0..plan.size.chunks()).map(flimcd_core::ChunkIndex) {
+        if dice.permille(plan.data_permille) {
+            let range = chunk.blocks().bytes(plan.size);
+            data.push(ByteRange::new(
+                range.start,
+                range.end.min(plan.size.bytes()),
+            ));
         }
-        other => format!("{other:?}"),
     }
+    data
 }

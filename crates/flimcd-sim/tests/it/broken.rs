@@ -1,8 +1,8 @@
-//! Each rule of the volume that can be broken on purpose is missed by some seed soon. Needs `--features mutations`.
+//! Each rule that can be broken on purpose is missed by some seed soon. Needs `--features mutations`.
 
 #[cfg(feature = "mutations")]
 mod with_mutations {
-    use flimcd_sim::{Failure, Mutation, SimOptions, run};
+    use flimcd_sim::{Failure, Mutation, Rule, SimOptions, run};
 
     /// Seeds to try for each rule.
     const SEEDS_MAX: u64 = 2000;
@@ -31,26 +31,35 @@ mod with_mutations {
 
     #[test]
     fn marks_after_the_write_are_missed() {
-        check(Mutation::MarkDirtyAfterWrite);
+        check(Mutation::Volume(Rule::MarkDirtyAfterWrite));
     }
 
     #[test]
     fn fetched_content_over_guest_writes_is_noticed() {
-        check(Mutation::FetchedOverwritesGuestWrite);
+        check(Mutation::Volume(Rule::FetchedOverwritesGuestWrite));
     }
 
     #[test]
     fn a_flush_before_the_presence_is_noticed() {
-        check(Mutation::FlushBeforePresence);
+        check(Mutation::Volume(Rule::FlushBeforePresence));
     }
 
     #[test]
     fn marks_cleared_after_the_read_are_missed() {
-        check(Mutation::ClearAfterRead);
+        check(Mutation::Volume(Rule::ClearAfterRead));
     }
 
     #[test]
     fn marks_of_writes_in_flight_are_missed() {
-        check(Mutation::IgnoreWriteInFlight);
+        check(Mutation::Volume(Rule::IgnoreWriteInFlight));
+    }
+    #[test]
+    fn a_copy_that_nobody_checked_is_noticed() {
+        check(Mutation::UncheckedCopy);
+    }
+
+    #[test]
+    fn a_copy_that_somebody_wrote_to_is_noticed() {
+        check(Mutation::TouchedBase);
     }
 }

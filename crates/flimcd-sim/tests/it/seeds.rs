@@ -44,6 +44,16 @@ fn with_faults_no_check_fails_and_everything_is_met() {
         "source Returning",
         "sent as the same",
         "lacking at the target",
+        "asked what the target has",
+        "the target has something of it",
+        "sent as copies",
+        "prefixes collided",
+        "places forgotten",
+        "changed under the index",
+        "onto zeroes",
+        "onto a copy that is known",
+        "onto a copy of some time",
+        "kept in place",
     ] {
         assert!(
             report.coverage.contains_key(what),

@@ -98,21 +98,11 @@ fn print_trace(trace: &[String]) {
 #[cfg(feature = "mutations")]
 pub(crate) fn parse_mutation(text: &str) -> Result<flimcd_sim::Mutation, String> {
     use flimcd_sim::Mutation;
-    let name = |mutation: &Mutation| {
-        let mut name = String::new();
-        for letter in format!("{mutation:?}").chars() {
-            if letter.is_uppercase() && !name.is_empty() {
-                name.push('-');
-            }
-            name.push(letter.to_ascii_lowercase());
-        }
-        name
-    };
-    Mutation::ALL
+    Mutation::all()
         .into_iter()
-        .find(|mutation| name(mutation) == text)
+        .find(|mutation| mutation.name() == text)
         .ok_or_else(|| {
-            let names: Vec<String> = Mutation::ALL.iter().map(name).collect();
+            let names: Vec<String> = Mutation::all().into_iter().map(Mutation::name).collect();
             format!(
                 "there is no rule '{text}' to break; there are {}",
                 names.join(", ")
