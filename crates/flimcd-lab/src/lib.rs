@@ -2,6 +2,7 @@
 //!
 //! - [`wan`]: a link model behind two front ends, a TCP relay and a TUN router.
 //! - [`image`]: disk images with realistic content from a seed.
+//! - [`changes`]: changes to an image, from a seed.
 //! - [`load`]: a guest load that checks every byte it reads.
 //! - [`trace`]: recorded disk traces as loads.
 //! - [`mod@bench`]: benchmarks that compare side by side.
@@ -9,6 +10,7 @@
 //! - [`vm`]: real guests in QEMU.
 
 pub mod bench;
+pub mod changes;
 mod content;
 pub mod image;
 pub mod load;

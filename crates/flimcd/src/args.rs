@@ -460,6 +460,7 @@ pub(crate) struct SimArgs {
 #[command(after_help = "\
 Examples:
   flimcd bench link                 goodput, and faults under load, over emulated links
+  flimcd bench content              what need not be sent, beside rsync, qemu-img and pre-copy
   flimcd bench nbd --json out.json  this NBD server beside qemu-nbd and nbdkit, on the same file")]
 pub(crate) struct BenchArgs {
     #[command(subcommand)]
@@ -508,6 +509,8 @@ Examples:\n  flimcd bench nbd\n  flimcd bench nbd --dir /var/tmp --size 4GiB --j
     },
     /// Moving a running machine, beside QEMU's own migration (needs root and QEMU)
     Vm(crate::commands::bench_vm::BenchVmArgs),
+    /// What of an image need not be sent, beside rsync, qemu-img and pre-copy
+    Content(crate::commands::bench_content::BenchContentArgs),
     /// The server that `bench nbd` measures, in a process of its own
     #[command(
         hide = true,

@@ -18,6 +18,9 @@ pub struct LoadOptions {
     pub dirty_window: Duration,
     /// Share of the written blocks that compress (about 2.5 times); the others are noise.
     pub compressible_share: f64,
+    /// Written blocks whose content is not new; `None`: all of it is.
+    #[serde(default)]
+    pub duplicates: Option<Duplicates>,
     /// Length of the intervals of the time series.
     pub interval: Duration,
     /// How long a pause waits for answers before it gives up.
@@ -32,10 +35,20 @@ impl Default for LoadOptions {
             dirty_bytes_per_sec: None,
             dirty_window: Duration::from_secs(1),
             compressible_share: 0.5,
+            duplicates: None,
             interval: Duration::from_millis(500),
             drain_timeout: Duration::from_secs(60),
         }
     }
+}
+
+/// Written blocks that have one of a few contents, the same bytes wherever they are written.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Duplicates {
+    /// Share of the written blocks.
+    pub share: f64,
+    /// How many contents there are. Early ones are far more frequent.
+    pub contents: u64,
 }
 
 /// Requests with stated parameters. The default is the project's moderate load: 4 KiB, 70% reads,

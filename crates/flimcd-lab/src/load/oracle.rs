@@ -94,7 +94,7 @@ impl Oracle {
     pub(super) fn new(baseline: Baseline, options: &LoadOptions) -> Self {
         let granules = usize::try_from(baseline.size().div_ceil(u64::from(baseline.granule())));
         Self {
-            stamp: Stamp::new(options.seed, options.compressible_share),
+            stamp: Stamp::new(options.seed, options.compressible_share, options.duplicates),
             states: vec![ORIGINAL; granules.unwrap_or(usize::MAX)],
             unsettled: HashMap::new(),
             last_version: ORIGINAL,

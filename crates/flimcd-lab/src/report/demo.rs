@@ -87,6 +87,21 @@ pub struct StrategyReport {
     /// Bytes of blocks of zeroes.
     #[serde(default)]
     pub zero_bytes: u64,
+    /// Bytes of blocks that the target had elsewhere.
+    #[serde(default)]
+    pub elsewhere_bytes: u64,
+    /// Bytes of blocks whose content had come before in the same migration.
+    #[serde(default)]
+    pub repeated_bytes: u64,
+    /// Bytes of blocks that were compressed, before it.
+    #[serde(default)]
+    pub compressed_from_bytes: u64,
+    /// What they came to.
+    #[serde(default)]
+    pub compressed_bytes: u64,
+    /// Bytes of blocks that were sent as they are.
+    #[serde(default)]
+    pub raw_bytes: u64,
     /// Reads the guest made during the migration.
     pub guest_reads: u64,
     /// Reads that returned a wrong byte.
@@ -188,6 +203,18 @@ impl fmt::Display for DemoReport {
         line("  not sent: same place", &|run| {
             megabytes(run.same_place_bytes)
         });
+        line("  not sent: elsewhere", &|run| {
+            megabytes(run.elsewhere_bytes)
+        });
+        line("  not sent: repeated", &|run| megabytes(run.repeated_bytes));
+        line("  sent compressed", &|run| {
+            let from = megabytes(run.compressed_from_bytes);
+            match run.compressed_from_bytes {
+                0 => from,
+                _ => format!("{} of {from}", megabytes(run.compressed_bytes)),
+            }
+        });
+        line("  sent raw", &|run| megabytes(run.raw_bytes));
         line("guest reads", &|run| run.guest_reads.to_string());
         line("  wrong", &|run| run.guest_reads_wrong.to_string());
         line("  missed", &|run| run.guest_reads_missed.to_string());

@@ -65,7 +65,7 @@ mod initramfs;
 mod modules;
 mod process;
 mod qemu;
-mod requirements;
+pub(crate) mod requirements;
 mod seconds;
 mod sites;
 mod stage;

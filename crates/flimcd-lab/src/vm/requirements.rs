@@ -192,7 +192,7 @@ fn cache_dir() -> Option<PathBuf> {
 }
 
 /// Looks in `PATH` and where administrators' programs are, which `PATH` may lack.
-pub(super) fn find_program(name: &str) -> Option<PathBuf> {
+pub(crate) fn find_program(name: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     let admin = ["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from);
     let mut places = env::split_paths(&path).chain(admin);

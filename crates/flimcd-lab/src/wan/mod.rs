@@ -6,12 +6,15 @@
 //!   a relay sees a byte.
 //! - [`tun`]: a router between two network namespaces, packet by packet, faithful for any
 //!   protocol. It needs root, or a user namespace where the system allows one.
+//! - [`Wan`]: either of them, for what runs over both.
 
+mod front;
 mod link;
 mod model;
 pub mod relay;
 pub mod tun;
 
+pub use front::{Wan, WanBytes, WanError};
 pub use link::{DropCause, Link, LinkCounters, Verdict};
 pub use model::{LinkModel, ParseLinkError};
 

@@ -62,6 +62,7 @@ pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
             super::bench_vm::run(args)?;
             Ok(ExitCode::SUCCESS)
         }
+        BenchCommand::Content(args) => super::bench_content::run(args),
         BenchCommand::NbdServe { image, socket } => {
             nbd::serve(image, socket)?;
             Ok(ExitCode::SUCCESS)

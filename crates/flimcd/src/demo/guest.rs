@@ -6,7 +6,8 @@ use anyhow::Context as _;
 use flimcd_agent::api::ExportInfo;
 use flimcd_lab::{
     load::{
-        Baseline, DiskOp, DiskRequest, GuestDisk, Load, LoadHandle, LoadOptions, NbdDisk, Synthetic,
+        Baseline, DiskOp, DiskRequest, GuestDisk, Load, LoadHandle, LoadOptions, Mail, NbdDisk,
+        Synthetic,
     },
     trace::{Replay, ReplayOptions, Trace, vscsi},
 };
@@ -19,10 +20,10 @@ use super::{
 use crate::{format, outcome::advise};
 
 /// The guest that every strategy gets.
-pub(super) struct GuestPlan {
+pub(crate) struct GuestPlan {
     requests: Requests,
     options: LoadOptions,
-    pub(super) facts: LoadFacts,
+    pub(crate) facts: LoadFacts,
 }
 
 enum Requests {
@@ -32,7 +33,7 @@ enum Requests {
 
 impl GuestPlan {
     /// Reads the trace, if there is one; blocks.
-    pub(super) fn new(args: &DemoArgs) -> anyhow::Result<Self> {
+    pub(crate) fn new(args: &DemoArgs) -> anyhow::Result<Self> {
         match &args.load {
             LoadArg::Synthetic => Ok(Self::synthetic(args)),
             LoadArg::Trace(file) => {
@@ -43,7 +44,12 @@ impl GuestPlan {
                     ));
                 }
                 let trace = vscsi::read_file(file)?;
-                Ok(Self::replay(trace, &file.display().to_string(), args))
+                let replay = ReplayOptions {
+                    speed: args.speed,
+                    ..ReplayOptions::default()
+                };
+                let name = file.display().to_string();
+                Ok(Self::replay(trace, &name, replay, args.seed))
             }
         }
     }
@@ -72,13 +78,21 @@ impl GuestPlan {
         }
     }
 
-    fn replay(trace: Trace, name: &str, args: &DemoArgs) -> Self {
-        let replay = ReplayOptions {
-            speed: args.speed,
-            ..ReplayOptions::default()
-        };
+    /// A mail server as the lab makes it.
+    pub(crate) fn mail(mail: &Mail) -> Self {
+        let parameters = json!({ "requests": mail.requests, "options": mail.options });
+        let what = format!("mail-like: {}", mail.describe());
+        Self {
+            requests: Requests::Synthetic(mail.requests.clone()),
+            options: mail.options.clone(),
+            facts: LoadFacts { what, parameters },
+        }
+    }
+
+    /// A recorded guest.
+    pub(crate) fn replay(trace: Trace, name: &str, replay: ReplayOptions, seed: u64) -> Self {
         let options = LoadOptions {
-            seed: args.seed,
+            seed,
             ..LoadOptions::default()
         };
         let summary = &trace.summary;
@@ -87,7 +101,7 @@ impl GuestPlan {
             format::count(summary.reads),
             format::count(summary.writes),
             format::seconds(summary.seconds),
-            args.speed
+            replay.speed
         );
         let parameters =
             json!({ "trace": name, "summary": summary, "replay": replay, "options": options });
@@ -100,12 +114,12 @@ impl GuestPlan {
     }
 
     /// Whether requests come all the time, so that the first one after the switch says when it was over.
-    pub(super) const fn is_busy(&self) -> bool {
+    pub(crate) const fn is_busy(&self) -> bool {
         matches!(self.requests, Requests::Synthetic(_))
     }
 
     /// Starts the guest on a disk with this content.
-    pub(super) fn start(
+    pub(crate) fn start(
         &self,
         disk: Box<dyn GuestDisk>,
         baseline: Baseline,
@@ -125,7 +139,7 @@ impl GuestPlan {
 }
 
 /// Reads the first bytes of a disk, and returns when they were there; blocks.
-pub(super) fn probe(disk: &mut dyn GuestDisk) -> anyhow::Result<Instant> {
+pub(crate) fn probe(disk: &mut dyn GuestDisk) -> anyhow::Result<Instant> {
     let length = u32::try_from(disk.size().min(512))?;
     let data = vec![0; 512.min(length as usize)];
     disk.submit(DiskRequest {
@@ -144,7 +158,7 @@ pub(super) fn probe(disk: &mut dyn GuestDisk) -> anyhow::Result<Instant> {
 }
 
 /// Connects to an export as a guest's host would; blocks.
-pub(super) fn connect(export: &ExportInfo) -> anyhow::Result<Box<dyn GuestDisk>> {
+pub(crate) fn connect(export: &ExportInfo) -> anyhow::Result<Box<dyn GuestDisk>> {
     let disk = NbdDisk::connect(&export.socket, &export.export)
         .with_context(|| format!("the guest cannot connect to {}", export.uri))?;
     Ok(Box::new(disk))

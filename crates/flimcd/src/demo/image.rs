@@ -21,26 +21,26 @@ use super::args::{DemoArgs, LoadArg};
 use crate::outcome::advise;
 
 /// The image and what is known of it.
-pub(super) struct DemoImage {
-    pub(super) path: PathBuf,
-    pub(super) baseline: Baseline,
-    pub(super) facts: ImageFacts,
+pub(crate) struct DemoImage {
+    pub(crate) path: PathBuf,
+    pub(crate) baseline: Baseline,
+    pub(crate) facts: ImageFacts,
 }
 
 /// The base image in the target's library, for those strategies that use it.
 #[derive(Clone, Debug, Serialize)]
-pub(super) struct BaseFacts {
+pub(crate) struct BaseFacts {
     /// Share of the image's chunks with data that are others there, in percent, as it came out.
-    pub(super) differs_percent: f64,
+    pub(crate) differs_percent: f64,
     /// Bytes of those chunks, non-zero blocks only, as the agents encode them.
-    pub(super) encoded_bytes: u64,
+    pub(crate) encoded_bytes: u64,
 }
 
 /// What of the image differs is drawn for runs of so many chunks: 1 MiB.
 const RUN_CHUNKS: u64 = 16;
 
 /// Makes a base image like `image` at `to`, of which about so many percent are another content. Blocks.
-pub(super) fn make_base(
+pub(crate) fn make_base(
     image: &Path,
     to: &Path,
     percent: u8,
@@ -83,17 +83,17 @@ pub(super) fn make_base(
 
 /// What the report says of the image.
 #[derive(Clone, Debug, Serialize)]
-pub(super) struct ImageFacts {
-    pub(super) from: String,
-    pub(super) size_bytes: u64,
+pub(crate) struct ImageFacts {
+    pub(crate) from: String,
+    pub(crate) size_bytes: u64,
     /// Bytes in blocks that are not zero.
-    pub(super) non_zero_bytes: u64,
+    pub(crate) non_zero_bytes: u64,
     /// The same after the agents' compression, chunk by chunk.
-    pub(super) encoded_bytes: u64,
+    pub(crate) encoded_bytes: u64,
 }
 
 /// Makes the image in `dir` and surveys it. Reads every byte; blocks.
-pub(super) fn prepare(dir: &Path, args: &DemoArgs) -> anyhow::Result<DemoImage> {
+pub(crate) fn prepare(dir: &Path, args: &DemoArgs) -> anyhow::Result<DemoImage> {
     let path = dir.join("image.raw");
     let from = match &args.image {
         Some(file) => {
@@ -122,6 +122,11 @@ pub(super) fn prepare(dir: &Path, args: &DemoArgs) -> anyhow::Result<DemoImage> 
         // A recorded guest addresses sectors.
         LoadArg::Trace(_) => 512,
     };
+    survey(path, from, granule)
+}
+
+/// Looks at every byte of an image; `granule` is the unit in which a guest addresses it. Blocks.
+pub(crate) fn survey(path: PathBuf, from: String, granule: u32) -> anyhow::Result<DemoImage> {
     let (baseline, encoded) = std::thread::scope(|scope| {
         let survey = scope.spawn(|| Baseline::of_file(&path, granule));
         let encoded = encoded(&path);
@@ -159,7 +164,7 @@ fn check_image(file: &Path) -> anyhow::Result<u64> {
 }
 
 /// Copies a file and its holes. `to` must not exist.
-pub(super) fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
+pub(crate) fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
     let source = File::open(from)?;
     let size = source.metadata()?.len();
     let target = File::create_new(to)?;

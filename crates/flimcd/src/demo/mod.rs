@@ -10,19 +10,21 @@
 //! the directory; the agents ask the kernel to end them should this process be killed outright.
 
 pub(crate) mod args;
-mod guest;
-mod image;
-mod report;
-mod run;
-mod site;
+pub(crate) mod guest;
+pub(crate) mod image;
+pub(crate) mod report;
+pub(crate) mod run;
+pub(crate) mod site;
 mod vm;
-mod world;
+pub(crate) mod world;
 
 use std::{path::Path, pin::pin, process::ExitCode, time::Duration};
 
 use anyhow::Context as _;
-use flimcd_agent::api::{AddLibraryImage, LibraryState};
-use flimcd_lab::report::{DemoReport, LinkReport, LowerBound};
+use flimcd_lab::{
+    report::{DemoReport, LinkReport, LowerBound},
+    wan::Wan,
+};
 
 use crate::{
     format,
@@ -92,7 +94,7 @@ async fn demo(dir: &Path, args: &DemoArgs, reaper: &Reaper) -> anyhow::Result<De
         format::bytes(image.facts.non_zero_bytes),
         format::bytes(image.facts.encoded_bytes)
     );
-    let world = World::start(dir, args, reaper).await?;
+    let world = World::start(dir, Wan::relay(args.link, args.seed), reaper).await?;
     let bound = report::bound(image.facts.encoded_bytes, &args.link);
     introduce(&world, &guest, &bound, args);
     let base = match args.strategies.iter().any(|strategy| strategy.uses_base()) {
@@ -132,7 +134,11 @@ async fn demo(dir: &Path, args: &DemoArgs, reaper: &Reaper) -> anyhow::Result<De
     };
     Ok(DemoReport {
         version: env!("CARGO_PKG_VERSION").to_owned(),
-        link: LinkReport::new(&args.link, "relay", world.relay.cannot_model()),
+        link: LinkReport::new(
+            &args.link,
+            world.wan.front_end(),
+            world.wan.cannot_model().as_deref(),
+        ),
         settings: serde_json::to_value(settings)?,
         image_bytes: image.facts.size_bytes,
         image_non_zero_bytes: image.facts.non_zero_bytes,
@@ -153,7 +159,7 @@ fn introduce(world: &World, guest: &GuestPlan, bound: &LowerBound, args: &DemoAr
         format::rate(args.link.rate_bytes_per_sec()),
         format::milliseconds(args.link.rtt().as_secs_f64() * 1e3)
     );
-    if let Some(missing) = world.relay.cannot_model() {
+    if let Some(missing) = world.wan.cannot_model() {
         println!("         note: {missing}");
     }
     println!("guest    {}", guest.facts.what);
@@ -173,23 +179,7 @@ async fn prepare_base(
     let (from, to) = (image.path.clone(), path.clone());
     let (percent, seed) = (args.base_differs, args.seed);
     let base = blocking(move || image::make_base(&from, &to, percent, seed)).await?;
-    let request = AddLibraryImage {
-        name: None,
-        path,
-        tenant: None,
-        public: false,
-        copy: false,
-    };
-    let added = world.target.client.add_library_image(&request);
-    let mut added = added.await.map_err(|error| world.target.explain(error))?;
-    while added.state == LibraryState::Scanning {
-        tokio::time::sleep(Duration::from_millis(50)).await;
-        let asked = world.target.client.library_image(&added.name).await;
-        added = asked.map_err(|error| world.target.explain(error))?;
-    }
-    if let Some(problem) = added.problem {
-        anyhow::bail!("the base image cannot be used: {problem}");
-    }
+    world.target.add_to_library(&path).await?;
     println!(
         "base     an image in the library of {}, of which {:.1}% of the image's chunks with data differ; \
          flimcd-base alone uses it (its bound: {})",

@@ -10,59 +10,59 @@ use serde::Serialize;
 use super::image::{BaseFacts, ImageFacts};
 
 /// How [`bound`] is computed, for people.
-pub(super) const BOUND_HOW: &str =
+pub(crate) const BOUND_HOW: &str =
     "the image's non-zero blocks at the start, zstd level 1 in chunks of 64 KiB, ÷ rate + 1 RTT";
 
 /// What no strategy that copies so much can beat.
-pub(super) fn bound(encoded_bytes: u64, link: &LinkModel) -> LowerBound {
+pub(crate) fn bound(encoded_bytes: u64, link: &LinkModel) -> LowerBound {
     LowerBound::new(encoded_bytes, link)
 }
 
 /// Settings that make the same run again.
 #[derive(Debug, Serialize)]
-pub(super) struct Settings<'a> {
-    pub(super) image: &'a ImageFacts,
-    pub(super) base: Option<&'a BaseFacts>,
-    pub(super) load: &'a LoadFacts,
-    pub(super) lower_bound_is: &'static str,
+pub(crate) struct Settings<'a> {
+    pub(crate) image: &'a ImageFacts,
+    pub(crate) base: Option<&'a BaseFacts>,
+    pub(crate) load: &'a LoadFacts,
+    pub(crate) lower_bound_is: &'static str,
 }
 
 /// What the report says of the guest.
 #[derive(Clone, Debug, Serialize)]
-pub(super) struct LoadFacts {
+pub(crate) struct LoadFacts {
     /// The load in words.
-    pub(super) what: String,
+    pub(crate) what: String,
     /// All of its parameters.
-    pub(super) parameters: serde_json::Value,
+    pub(crate) parameters: serde_json::Value,
 }
 
 /// Figures beside the lab's own: more than a table can show.
 #[derive(Debug, Serialize)]
-pub(super) struct Details {
+pub(crate) struct Details {
     /// From the request until the guest ran at the target.
-    pub(super) time_to_switch_s: f64,
-    pub(super) migration_time_to_lower_bound: f64,
+    pub(crate) time_to_switch_s: f64,
+    pub(crate) migration_time_to_lower_bound: f64,
     /// Reads before, during and after the migration; every byte of each was checked.
-    pub(super) guest_reads_total: u64,
-    pub(super) guest_writes_total: u64,
+    pub(crate) guest_reads_total: u64,
+    pub(crate) guest_writes_total: u64,
     /// Reads at the target until it had every block.
-    pub(super) guest_reads_at_target: u64,
+    pub(crate) guest_reads_at_target: u64,
     /// 99th percentile of the guest's wait before the migration, to compare with.
-    pub(super) guest_stall_ms_p99_before: f64,
+    pub(crate) guest_stall_ms_p99_before: f64,
     /// Bytes of blocks that the guest dirtied anew during the migration.
-    pub(super) guest_dirty_bytes: u64,
-    pub(super) missing_blocks_at_switch: Option<u64>,
+    pub(crate) guest_dirty_bytes: u64,
+    pub(crate) missing_blocks_at_switch: Option<u64>,
     /// How content travelled.
-    pub(super) content: flimcd_agent::api::ContentStats,
+    pub(crate) content: flimcd_agent::api::ContentStats,
     /// The target's disk, read through NBD at the end and compared with what it must hold.
-    pub(super) final_check_bytes: u64,
+    pub(crate) final_check_bytes: u64,
     /// The first wrong places, from reads and from the final check, as text.
-    pub(super) wrong: Vec<String>,
-    pub(super) first_errors: Vec<String>,
+    pub(crate) wrong: Vec<String>,
+    pub(crate) first_errors: Vec<String>,
 }
 
 /// What the guests could complain about, as sentences.
-pub(super) fn faults(report: &DemoReport) -> Vec<String> {
+pub(crate) fn faults(report: &DemoReport) -> Vec<String> {
     let mut faults = Vec::new();
     for run in &report.strategies {
         let mut fault = |count: u64, what: &str| {
@@ -81,7 +81,7 @@ pub(super) fn faults(report: &DemoReport) -> Vec<String> {
 }
 
 /// Writes the figures to `path`.
-pub(super) fn write(report: &DemoReport, path: &Path) -> anyhow::Result<()> {
+pub(crate) fn write(report: &DemoReport, path: &Path) -> anyhow::Result<()> {
     let mut text = serde_json::to_string_pretty(report)?;
     text.push('\n');
     fs::write(path, text).with_context(|| {

@@ -35,17 +35,17 @@ const POLL: Duration = Duration::from_millis(50);
 const TOO_LONG_FACTOR: f64 = 20.0;
 
 /// What all strategies have in common.
-pub(super) struct Setting<'a> {
-    pub(super) world: &'a World,
-    pub(super) image: &'a DemoImage,
-    pub(super) guest: &'a GuestPlan,
-    pub(super) bound: &'a LowerBound,
+pub(crate) struct Setting<'a> {
+    pub(crate) world: &'a World,
+    pub(crate) image: &'a DemoImage,
+    pub(crate) guest: &'a GuestPlan,
+    pub(crate) bound: &'a LowerBound,
     /// The same with a base image at the target.
-    pub(super) base_bound: Option<&'a LowerBound>,
+    pub(crate) base_bound: Option<&'a LowerBound>,
 }
 
 /// Moves a fresh copy of the image under load.
-pub(super) async fn run(
+pub(crate) async fn run(
     setting: &Setting<'_>,
     strategy: DemoStrategy,
 ) -> anyhow::Result<StrategyReport> {
@@ -141,7 +141,7 @@ impl Run<'_> {
             library: Some(self.strategy.uses_base()),
         };
         let mut progress = Progress::new(format!("{:>12}", self.strategy.name()));
-        let bytes_before = world.relay.counters().bytes();
+        let bytes_before = world.wan.bytes().both();
         load.begin_phase("migration");
         let (began, began_unix_ms) = (Instant::now(), unix_ms());
         let migrated = world.source.client.migrate(&self.name, &request).await;
@@ -192,7 +192,7 @@ impl Run<'_> {
             migration_time,
             time_to_switch: moved.at.duration_since(began),
             downtime: moved.downtime,
-            bytes_on_link: world.relay.counters().bytes() - bytes_before,
+            bytes_on_link: world.wan.bytes().both() - bytes_before,
             target: self.status_of(&world.target, id).await?,
             source: status,
         })
@@ -319,6 +319,12 @@ impl Run<'_> {
             final_blocks_wrong: check.wrong_granules,
             same_place_bytes: outcome.source.content.same_blocks * flimcd_core::BLOCK_SIZE,
             zero_bytes: outcome.source.content.zero_blocks * flimcd_core::BLOCK_SIZE,
+            elsewhere_bytes: outcome.source.content.elsewhere_blocks * flimcd_core::BLOCK_SIZE,
+            repeated_bytes: outcome.source.content.repeated_blocks * flimcd_core::BLOCK_SIZE,
+            compressed_from_bytes: outcome.source.content.compressed_blocks
+                * flimcd_core::BLOCK_SIZE,
+            compressed_bytes: outcome.source.content.compressed_bytes,
+            raw_bytes: outcome.source.content.raw_blocks * flimcd_core::BLOCK_SIZE,
             lower_bound: Some(self.bound()),
             error: None,
             details: serde_json::to_value(details).unwrap_or_default(),

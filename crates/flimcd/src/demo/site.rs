@@ -11,13 +11,15 @@ use std::{
 };
 
 use anyhow::Context as _;
-use flimcd_agent::api::{Client, Status};
+use flimcd_agent::api::{AddLibraryImage, Client, LibraryState, Status};
+use flimcd_lab::wan::{Side, Wan};
 use serde::Serialize;
 
 use crate::outcome::advise;
 
 const START_MAX: Duration = Duration::from_secs(20);
 const START_POLL: Duration = Duration::from_millis(10);
+const SCAN_POLL: Duration = Duration::from_millis(50);
 /// So much of a log is shown when something went wrong.
 const LOG_TAIL_BYTES: u64 = 4 << 10;
 
@@ -28,7 +30,7 @@ struct ConfigFile<'a> {
     state_dir: PathBuf,
     images_dir: PathBuf,
     runtime_dir: PathBuf,
-    listen: &'a str,
+    listen: String,
     tls: TlsFiles,
     peer: Vec<PeerTable<'a>>,
 }
@@ -49,32 +51,44 @@ struct PeerTable<'a> {
     may_receive: [&'a str; 1],
 }
 
+/// Which agent to start.
+pub(crate) struct SiteOptions<'a> {
+    /// Its site.
+    pub(crate) name: &'static str,
+    /// The end of the emulated link at which it runs.
+    pub(crate) side: Side,
+    pub(crate) wan: &'a Wan,
+    /// The one site it knows, and where it dials that.
+    pub(crate) peer: (&'static str, Option<String>),
+}
+
 /// A running agent. Dropping it kills the process and waits for its end.
-pub(super) struct Site {
+pub(crate) struct Site {
     name: &'static str,
     dir: PathBuf,
     child: Arc<Mutex<Child>>,
     pid: u32,
-    pub(super) client: Client,
+    pub(crate) client: Client,
 }
 
 impl Site {
-    /// Starts the agent of `name`, which knows one peer, and waits until it answers.
-    pub(super) async fn start(
+    /// Starts the agent and waits until it answers.
+    pub(crate) async fn start(
         base: &Path,
         pki: &Path,
         reaper: &Reaper,
-        name: &'static str,
-        peer: (&'static str, Option<String>),
+        options: SiteOptions<'_>,
     ) -> anyhow::Result<Self> {
+        let name = options.name;
         let dir = base.join(name);
-        let config = write_config(&dir, pki, name, peer).with_context(|| {
+        let config = write_config(&dir, pki, &options).with_context(|| {
             format!("the agent of {name} cannot be set up in {}", dir.display())
         })?;
         let log =
             fs::File::create(dir.join("agent.log")).context("the agent's log cannot be made")?;
         let program = std::env::current_exe().context("this program does not find itself")?;
-        let child = Command::new(program)
+        let mut command = Command::new(program);
+        command
             .arg("agent")
             .arg("--config")
             .arg(&config)
@@ -83,7 +97,9 @@ impl Site {
             .stdout(log.try_clone()?)
             .stderr(log)
             // A Ctrl-C at the terminal goes to the demo alone, which then ends the agents in order.
-            .process_group(0)
+            .process_group(0);
+        options.wan.put_in(options.side, &mut command)?;
+        let child = command
             .spawn()
             .context("the agent's process cannot be started")?;
         let site = Self {
@@ -117,15 +133,37 @@ impl Site {
     }
 
     /// The agent's status.
-    pub(super) async fn status(&self) -> anyhow::Result<Status> {
+    pub(crate) async fn status(&self) -> anyhow::Result<Status> {
         self.client
             .status()
             .await
             .map_err(|error| self.explain(error))
     }
 
+    /// Takes an image into its library, and waits until it can be used.
+    pub(crate) async fn add_to_library(&self, path: &Path) -> anyhow::Result<()> {
+        let request = AddLibraryImage {
+            name: None,
+            path: path.to_owned(),
+            tenant: None,
+            public: false,
+            copy: false,
+        };
+        let added = self.client.add_library_image(&request).await;
+        let mut added = added.map_err(|error| self.explain(error))?;
+        while added.state == LibraryState::Scanning {
+            tokio::time::sleep(SCAN_POLL).await;
+            let asked = self.client.library_image(&added.name).await;
+            added = asked.map_err(|error| self.explain(error))?;
+        }
+        match added.problem {
+            None => Ok(()),
+            Some(problem) => anyhow::bail!("{} cannot be used: {problem}", path.display()),
+        }
+    }
+
     /// Adds to an error which agent it was, whether it still runs, and the end of its log.
-    pub(super) fn explain(&self, error: impl Into<anyhow::Error>) -> anyhow::Error {
+    pub(crate) fn explain(&self, error: impl Into<anyhow::Error>) -> anyhow::Error {
         let error = error.into();
         let ended = match self.lock().try_wait() {
             Ok(Some(status)) => format!(", whose process ended ({status})"),
@@ -141,17 +179,22 @@ impl Site {
     }
 
     /// Its process id.
-    pub(super) const fn pid(&self) -> u32 {
+    pub(crate) const fn pid(&self) -> u32 {
         self.pid
     }
 
+    /// Its site.
+    pub(crate) const fn name(&self) -> &'static str {
+        self.name
+    }
+
     /// Where the demo puts images for it to import.
-    pub(super) fn images(&self) -> PathBuf {
+    pub(crate) fn images(&self) -> PathBuf {
         self.dir.join("images")
     }
 
     /// Ends the process now. Everything it has lies in the demo's directory, so nothing is lost.
-    pub(super) fn kill(&self) {
+    pub(crate) fn kill(&self) {
         kill(&self.child);
     }
 
@@ -162,7 +205,7 @@ impl Site {
 
 /// Knows every agent of the demo, so that all of them can be ended from outside of what runs it.
 #[derive(Default)]
-pub(super) struct Reaper(Mutex<Vec<Arc<Mutex<Child>>>>);
+pub(crate) struct Reaper(Mutex<Vec<Arc<Mutex<Child>>>>);
 
 impl Reaper {
     fn watch(&self, child: Child) -> Arc<Mutex<Child>> {
@@ -175,7 +218,7 @@ impl Reaper {
     }
 
     /// Ends all of them.
-    pub(super) fn kill(&self) {
+    pub(crate) fn kill(&self) {
         for child in &*self.0.lock().unwrap_or_else(PoisonError::into_inner) {
             kill(child);
         }
@@ -195,12 +238,9 @@ impl Drop for Site {
     }
 }
 
-fn write_config(
-    dir: &Path,
-    pki: &Path,
-    name: &str,
-    (peer, address): (&str, Option<String>),
-) -> anyhow::Result<PathBuf> {
+fn write_config(dir: &Path, pki: &Path, options: &SiteOptions<'_>) -> anyhow::Result<PathBuf> {
+    let name = options.name;
+    let (peer, address) = options.peer.clone();
     for sub in ["state", "images", "run"] {
         fs::create_dir_all(dir.join(sub))?;
     }
@@ -209,7 +249,7 @@ fn write_config(
         state_dir: dir.join("state"),
         images_dir: dir.join("images"),
         runtime_dir: dir.join("run"),
-        listen: "127.0.0.1:0",
+        listen: format!("{}:0", options.wan.address(options.side)),
         tls: TlsFiles {
             ca: pki.join("ca.pem"),
             cert: pki.join(format!("{name}.pem")),

@@ -1,43 +1,46 @@
-//! Everything the demo sets up: a temporary directory, certificates, two agents, and the link between.
+//! Everything the demo sets up: a temporary directory, certificates, two agents, and the link between. The
+//! benchmarks of content use it too.
 
 use std::{
     io,
-    net::{Ipv4Addr, SocketAddr},
+    net::SocketAddr,
     path::{Path, PathBuf},
 };
 
 use anyhow::Context as _;
-use flimcd_lab::wan::{
-    Side,
-    relay::{Relay, RelayOptions, Route},
-};
+use flimcd_lab::wan::{Side, Wan};
 use flimcd_link::pki;
 use tempfile::TempDir;
 
 use super::{
     args::DemoArgs,
-    site::{Reaper, Site},
+    site::{Reaper, Site, SiteOptions},
 };
 
 /// The site that the guest leaves.
-pub(super) const SOURCE: &str = "berlin";
+pub(crate) const SOURCE: &str = "berlin";
 /// The site that it goes to.
-pub(super) const TARGET: &str = "lisbon";
+pub(crate) const TARGET: &str = "lisbon";
 
 /// Fields are dropped in this order: processes end before their files go.
-pub(super) struct World {
-    pub(super) source: Site,
-    pub(super) target: Site,
-    pub(super) relay: Relay,
+pub(crate) struct World {
+    pub(crate) source: Site,
+    pub(crate) target: Site,
+    pub(crate) wan: Wan,
 }
 
 /// Makes the directory that holds every file of the demo.
-pub(super) fn make_dir(args: &DemoArgs) -> anyhow::Result<TempDir> {
-    let base = args.dir.clone().unwrap_or_else(std::env::temp_dir);
+pub(crate) fn make_dir(args: &DemoArgs) -> anyhow::Result<TempDir> {
+    make_dir_in(args.dir.as_deref(), "flimcd-demo-")
+}
+
+/// Makes a temporary directory below `base`, or where the system has them.
+pub(crate) fn make_dir_in(base: Option<&Path>, prefix: &str) -> anyhow::Result<TempDir> {
+    let base = base.map_or_else(std::env::temp_dir, Path::to_owned);
     // The agents and the relay have absolute paths only.
     let base = std::path::absolute(&base)?;
     tempfile::Builder::new()
-        .prefix("flimcd-demo-")
+        .prefix(prefix)
         .tempdir_in(&base)
         .with_context(|| {
             format!(
@@ -48,39 +51,38 @@ pub(super) fn make_dir(args: &DemoArgs) -> anyhow::Result<TempDir> {
 }
 
 impl World {
-    pub(super) async fn start(
-        dir: &Path,
-        args: &DemoArgs,
-        reaper: &Reaper,
-    ) -> anyhow::Result<Self> {
+    /// Two agents at the ends of `wan`; the source dials the target.
+    pub(crate) async fn start(dir: &Path, wan: Wan, reaper: &Reaper) -> anyhow::Result<Self> {
         let pki = make_pki(dir)?;
-        let target = Site::start(dir, &pki, reaper, TARGET, (SOURCE, None)).await?;
+        let options = SiteOptions {
+            name: TARGET,
+            side: Side::B,
+            wan: &wan,
+            peer: (SOURCE, None),
+        };
+        let target = Site::start(dir, &pki, reaper, options).await?;
         let listen = target.status().await?.listen;
         let listen: SocketAddr = listen
             .as_deref()
             .and_then(|text| text.parse().ok())
             .with_context(|| format!("the agent of {TARGET} listens on {listen:?}"))?;
-        let relay = Relay::start(&RelayOptions {
-            model: args.link,
-            routes: vec![Route {
-                listen: (Ipv4Addr::LOCALHOST, 0).into(),
-                target: listen,
-                from: Side::A,
-            }],
-            seed: args.seed,
-        })
-        .context("the emulated link cannot be started")?;
-        let address = relay.addresses()[0].to_string();
-        let source = Site::start(dir, &pki, reaper, SOURCE, (TARGET, Some(address))).await?;
+        let address = wan.reach(Side::A, listen)?.to_string();
+        let options = SiteOptions {
+            name: SOURCE,
+            side: Side::A,
+            wan: &wan,
+            peer: (TARGET, Some(address)),
+        };
+        let source = Site::start(dir, &pki, reaper, options).await?;
         Ok(Self {
             source,
             target,
-            relay,
+            wan,
         })
     }
 
     /// Ends both agents, so that nothing waits for them any more.
-    pub(super) fn kill(&self) {
+    pub(crate) fn kill(&self) {
         self.source.kill();
         self.target.kill();
     }
@@ -96,7 +98,7 @@ fn make_pki(dir: &Path) -> anyhow::Result<PathBuf> {
 }
 
 /// Removes the directory. A file that a thread makes at the same moment is no reason to leave it.
-pub(super) fn remove_dir(dir: TempDir) -> anyhow::Result<()> {
+pub(crate) fn remove_dir(dir: TempDir) -> anyhow::Result<()> {
     let path = dir.keep();
     let mut tries = 0;
     loop {
