@@ -29,8 +29,10 @@ pub enum Compression {
 }
 
 impl Compression {
-    /// zstd level 1: at 470 MB/s it is faster than any WAN, and level 3 saves only 3% more.
+    /// zstd level 1: at 430 MB/s a core it is faster than most WANs.
     pub const DEFAULT: Self = Self::Zstd(1);
+    /// zstd level 3: a twentieth less than level 1, at 260 MB/s a core.
+    pub const THOROUGH: Self = Self::Zstd(3);
 }
 
 /// The content of a run of blocks, ready for a message.

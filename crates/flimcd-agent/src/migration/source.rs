@@ -1,7 +1,7 @@
 //! Driver of a [`SourceMachine`].
 
 use bytes::Bytes;
-use flimcd_content::Examined;
+use flimcd_content::{Effort, Examined};
 use flimcd_core::{BlockRange, Epoch, Seq, Time};
 use flimcd_migrate::{
     DiskError, LinkEstimate, SourceAction, SourceEvent, SourceMachine, SourcePhase, SourceRecord,
@@ -44,12 +44,12 @@ pub(crate) enum Done {
 pub(crate) struct Kept {
     content: Vec<u8>,
     examined: Examined,
-    compress: bool,
+    compress: Option<Effort>,
 }
 
 /// What to do with what is read.
 struct HowToRead {
-    compress: bool,
+    compress: Option<Effort>,
     /// What the target's seed has, chunk by chunk.
     same: Vec<Option<ChunkPrefix>>,
     /// Ask the target before the rest is packed.
@@ -58,28 +58,23 @@ struct HowToRead {
 
 impl HowToRead {
     fn examine_or_pack(self, seq: Seq, range: BlockRange, tools: &mut Tools) -> Done {
+        let content = std::mem::take(&mut tools.buffer);
+        let encoder = tools.encoder(self.compress);
         let encoded = if self.probe || !self.same.is_empty() {
-            let examined = Examined::of(range, &tools.buffer, &self.same);
+            let examined = Examined::of(range, &content, &self.same);
             if self.probe && examined.needs_probe() {
                 let kept = Kept {
-                    content: std::mem::take(&mut tools.buffer),
+                    content,
                     examined,
                     compress: self.compress,
                 };
                 return Done::Examined(seq, kept);
             }
-            let content = std::mem::take(&mut tools.buffer);
-            let encoded = tools
-                .encoder(self.compress)
-                .pack(&content, &examined, &Runs::default());
-            tools.buffer = content;
-            encoded
+            encoder.pack(&content, &examined, &Runs::default())
         } else {
-            let content = std::mem::take(&mut tools.buffer);
-            let encoded = tools.encoder(self.compress).encode(range, &content);
-            tools.buffer = content;
-            encoded
+            encoder.encode(range, &content)
         };
+        tools.buffer = content;
         Done::Read(seq, Ok((encoded.entries, encoded.payload)))
     }
 }
@@ -395,8 +390,9 @@ impl SourceDriver {
                 same,
                 probe,
             } => {
+                let rate = self.base.port.link().handle().estimate().rate_bytes_per_sec;
                 let how = HowToRead {
-                    compress,
+                    compress: compress.then(|| Effort::for_rate(rate)),
                     same,
                     probe,
                 };

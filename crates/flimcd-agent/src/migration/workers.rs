@@ -10,7 +10,7 @@
 //! alone, after all before it and before all after it.
 //! The driver bounds what is queued: by the machine's own windows and the link's credits.
 
-use flimcd_content::{Compression, Decoder, Encoder};
+use flimcd_content::{Compression, Decoder, Effort, Encoder};
 use flimcd_core::{BlockRange, ChunkIndex};
 use std::{
     io,
@@ -27,7 +27,10 @@ const LANES: usize = 2;
 
 /// What a content thread keeps between jobs.
 pub(crate) struct Tools {
+    /// For fast links.
     pub(crate) pack: Encoder,
+    /// For others.
+    pub(crate) pack_thoroughly: Encoder,
     pub(crate) keep: Encoder,
     pub(crate) unpack: Decoder,
     pub(crate) buffer: Vec<u8>,
@@ -37,18 +40,19 @@ impl Tools {
     fn new() -> Self {
         Self {
             pack: Encoder::new(Compression::DEFAULT),
+            pack_thoroughly: Encoder::new(Compression::THOROUGH),
             keep: Encoder::new(Compression::None),
             unpack: Decoder::new(),
             buffer: Vec::new(),
         }
     }
 
-    /// The encoder that compresses, or the one that does not.
-    pub(crate) fn encoder(&mut self, compress: bool) -> &mut Encoder {
-        if compress {
-            &mut self.pack
-        } else {
-            &mut self.keep
+    /// The encoder that compresses so, or the one that does not.
+    pub(crate) fn encoder(&mut self, effort: Option<Effort>) -> &mut Encoder {
+        match effort {
+            Some(Effort::Thorough) => &mut self.pack_thoroughly,
+            Some(_) => &mut self.pack,
+            None => &mut self.keep,
         }
     }
 }
