@@ -25,6 +25,7 @@
 mod frame;
 mod hello;
 mod message;
+mod plan;
 mod probe;
 mod seed;
 mod set;
@@ -39,6 +40,7 @@ pub use message::{
     Accept, Base, Blocks, Class, Content, Entry, ErrorCode, Message, Open, SourceStage,
     TargetReport, TargetStage, VolumeOffer, WireError,
 };
+pub use plan::{PlanOpen, Planned};
 pub use probe::{BlockPrefix, PROBE_PREFIX_BYTES, Probe, Probed};
 pub use seed::{ChunkPrefix, SampleChunk, SeedId, SeedOffer, SeedPart, SeedTable};
 pub use set::{Runs, SeqRuns, SetPart, split_set};

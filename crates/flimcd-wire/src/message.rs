@@ -10,8 +10,8 @@ use flimcd_core::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    DecodeError, Probe, Probed, Runs, SampleChunk, SeedId, SeedOffer, SeedPart, SeqRuns, SetPart,
-    VmMessage,
+    DecodeError, PlanOpen, Planned, Probe, Probed, Runs, SampleChunk, SeedId, SeedOffer, SeedPart,
+    SeqRuns, SetPart, VmMessage,
 };
 
 /// Priority of a message on the link, most urgent first.
@@ -173,6 +173,11 @@ pub enum Message {
     Failed(WireError),
     /// Of a running machine; the frame's number is then that of a session, see [`VmMessage`].
     Vm(VmMessage),
+
+    /// Source to target: what a migration would cost; see [`PlanOpen`].
+    PlanOpen(PlanOpen),
+    /// Answer to `PlanOpen`; `Failed` if the volumes could not come.
+    Planned(Planned),
 }
 
 /// See [`Message::Open`].
@@ -440,6 +445,8 @@ impl Message {
             Self::Probe(probe) => probe.is_sound(),
             Self::Probed(probed) => probed.is_sound(),
             Self::Vm(message) => return message.validate(),
+            Self::PlanOpen(open) => open.is_sound(),
+            Self::Planned(planned) => planned.is_sound(),
             _ => true,
         };
         if sound {
