@@ -1,6 +1,7 @@
 //! The binary as its users run it: real processes, real sockets, messages and exit codes.
 #![allow(clippy::print_stderr, reason = "skipped tests say so")]
 
+mod bench_content;
 mod by_hand;
 mod demo;
 mod library;

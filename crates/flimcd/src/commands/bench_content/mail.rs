@@ -30,7 +30,7 @@ pub(super) async fn run(bench: &Bench<'_>, case: Case) -> anyhow::Result<Vec<Row
     let mut rows = Vec::new();
     for strategy in STRATEGIES {
         let name = strategy.name();
-        if !bench.wants(name) {
+        if !bench.wants(&format!("{VARIANT}, {name}")) {
             continue;
         }
         eprintln!("{case}: {name}");

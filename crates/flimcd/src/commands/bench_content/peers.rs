@@ -66,6 +66,9 @@ async fn copy(
         }
         let changed = images::changed(&target, &source)?;
         let copied = copier.copy(&wan, &path, &source, &target)?;
+        // qemu-nbd rounds an odd image up to a sector.
+        let size = std::fs::metadata(&source)?.len();
+        File::options().write(true).open(&target)?.set_len(size)?;
         let image = ImageRow {
             size_bytes: std::fs::metadata(&source)?.len(),
             non_zero_bytes: images::non_zero_bytes(&source)?,
