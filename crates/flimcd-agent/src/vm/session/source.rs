@@ -5,7 +5,7 @@ use flimcd_migrate::vm::{
     DisksEnd, RamMode, Transfer, TransferState, VmSource, VmSourceAction, VmSourceConfig,
     VmSourceEvent, VmSourcePhase, VmSourceStart,
 };
-use flimcd_wire::{Message, VmOpen};
+use flimcd_wire::VmOpen;
 use std::{
     path::PathBuf,
     sync::Arc,
@@ -14,7 +14,8 @@ use std::{
 use tokio::sync::{mpsc, watch};
 
 use super::{
-    CancelRequest, Ends, LOOK, PUBLISH, base,
+    CancelRequest, Ends, LOOK, PUBLISH,
+    base::{self, FromLink, Stream},
     record::SessionRecord,
     steps::{self, SourceSteps},
 };
@@ -75,8 +76,7 @@ pub(super) struct SourceSession {
     look: mpsc::UnboundedSender<Result<Transfer, String>>,
     looks: mpsc::UnboundedReceiver<Result<Transfer, String>>,
     is_looking: bool,
-    pump: Option<RamPump>,
-    generation: Option<u64>,
+    stream: Stream,
     /// Bytes of earlier attempts.
     read_before: u64,
     sent_before: u64,
@@ -120,8 +120,7 @@ impl SourceSession {
             look,
             looks,
             is_looking: false,
-            pump: None,
-            generation: None,
+            stream: Stream::default(),
             read_before: record.status.ram_bytes_read,
             sent_before: record.status.ram_bytes_sent,
             rate: RateWindow::default(),
@@ -177,12 +176,6 @@ impl SourceSession {
         } else {
             PUBLISH
         };
-        let pump = async {
-            match &mut self.pump {
-                Some(pump) => pump.next_event().await,
-                None => std::future::pending().await,
-            }
-        };
         tokio::select! {
             biased;
             _ = self.stop.wait_for(|&stop| stop) => Event::Stop,
@@ -191,7 +184,7 @@ impl SourceSession {
             Some(event) = self.disks.recv() => Event::Disks(event),
             Some((action, result)) = self.results.recv() => Event::Step(action, result),
             Some(looked) = self.looks.recv() => Event::Looked(looked),
-            event = pump => Event::Stream(event),
+            event = self.stream.next_event() => Event::Stream(event),
             () = tokio::time::sleep(pause) => Event::Timer,
         }
     }
@@ -199,30 +192,12 @@ impl SourceSession {
     fn apply(&mut self, event: Event) {
         let now = self.now();
         match event {
-            Event::Link(LinkInput::Up(generation)) => {
-                self.generation = Some(generation);
-                self.machine.handle_link_up();
-                if let Some(pump) = &self.pump {
-                    pump.handle_link_up(generation);
-                }
-            }
-            Event::Link(LinkInput::Down) => {
-                self.generation = None;
-                self.machine.handle_link_down();
-                if let Some(pump) = &self.pump {
-                    pump.handle_link_down();
-                }
-            }
-            Event::Link(LinkInput::Message(Message::Vm(message), credit)) => {
-                if base::is_of_stream(&message) {
-                    if let Some(pump) = &self.pump {
-                        pump.handle_message(message, credit);
-                    }
-                } else {
-                    self.machine.handle_message(now, message);
-                }
-            }
-            Event::Link(LinkInput::Message(..)) => {}
+            Event::Link(input) => match self.stream.handle(input) {
+                Some(FromLink::Up) => self.machine.handle_link_up(),
+                Some(FromLink::Down) => self.machine.handle_link_down(),
+                Some(FromLink::Message(message)) => self.machine.handle_message(now, message),
+                None => {}
+            },
             Event::Disks(event) => self.disks_event(now, event),
             Event::Step(action, result) => self.step_taken(now, &action, result),
             Event::Looked(looked) => self.looked(now, looked),
@@ -313,9 +288,8 @@ impl SourceSession {
             },
             ..Transfer::default()
         });
-        if let Some(pump) = &self.pump {
-            let read = pump.stats().bytes_in;
-            transfer.rate_bytes_per_sec = self.rate.update(Instant::now(), read);
+        if let Some(stats) = self.stream.stats() {
+            transfer.rate_bytes_per_sec = self.rate.update(Instant::now(), stats.bytes_in);
         }
         self.record.status.ram_bytes_left = transfer.remaining_bytes;
         // QEMU forgets them when it ends.
@@ -327,8 +301,7 @@ impl SourceSession {
 
     /// The stream of an attempt is over; its hypervisor finds its connection closed.
     fn end_stream(&mut self) {
-        if let Some(pump) = self.pump.take() {
-            let stats = pump.stats();
+        if let Some(stats) = self.stream.end() {
             self.read_before += stats.bytes_in;
             self.sent_before += stats.bytes_packed;
             self.rate = RateWindow::default();
@@ -343,7 +316,7 @@ impl SourceSession {
         while let Some(event) = self.machine.poll_event() {
             self.report(event);
         }
-        if let Some(generation) = self.generation {
+        if let Some(generation) = self.stream.generation() {
             while let Some(message) = self.machine.poll_transmit() {
                 base::send(&self.link, self.record.id, generation, message);
             }
@@ -360,12 +333,7 @@ impl SourceSession {
                 self.end_stream();
                 let socket = self.socket(*attempt);
                 match RamPump::listen(self.link.clone(), self.record.id, *attempt, &socket) {
-                    Ok(pump) => {
-                        if let Some(generation) = self.generation {
-                            pump.handle_link_up(generation);
-                        }
-                        self.pump = Some(pump);
-                    }
+                    Ok(pump) => self.stream.begin(pump),
                     Err(error) => {
                         let why = format!("{} cannot be listened on: {error}", socket.display());
                         let now = self.now();
@@ -428,7 +396,7 @@ impl SourceSession {
             VmSourcePhase::Failed(_) => VmPhase::Failed,
         };
         status.attempt = self.machine.attempt();
-        let stats = self.pump.as_ref().map(RamPump::stats).unwrap_or_default();
+        let stats = self.stream.stats().unwrap_or_default();
         status.ram_bytes_read = self.read_before + stats.bytes_in;
         status.ram_bytes_sent = self.sent_before + stats.bytes_packed;
         if status.phase.has_ended() {

@@ -5,7 +5,7 @@ use flimcd_migrate::vm::{
     DisksCommand, VmTarget, VmTargetAction, VmTargetEvent, VmTargetPhase, VmTargetStart,
 };
 use flimcd_qemu::{Export, Qmp, RunState, transfer};
-use flimcd_wire::{ErrorCode, Message, VmMessage, WireError};
+use flimcd_wire::{ErrorCode, VmMessage, WireError};
 use std::{path::PathBuf, sync::Arc, time::Duration};
 use tokio::{
     sync::{mpsc, watch},
@@ -13,7 +13,8 @@ use tokio::{
 };
 
 use super::{
-    CancelRequest, Ends, LOOK, PUBLISH, base,
+    CancelRequest, Ends, LOOK, PUBLISH,
+    base::{self, FromLink, Stream},
     launch::{self, Launch},
     record::{Description, Launched, SessionRecord},
 };
@@ -91,8 +92,7 @@ pub(super) struct TargetSession {
     looks: mpsc::UnboundedReceiver<(u32, Looked)>,
     is_looking: bool,
     qmp: Option<Qmp>,
-    pump: Option<RamPump>,
-    generation: Option<u64>,
+    stream: Stream,
     status: watch::Sender<VmMoveStatus>,
     published_at: Instant,
 }
@@ -141,8 +141,7 @@ impl TargetSession {
             looks,
             is_looking: false,
             qmp: setup.qmp,
-            pump: None,
-            generation: None,
+            stream: Stream::default(),
             status: setup.ends.status,
             published_at: Instant::now(),
         }
@@ -177,12 +176,6 @@ impl TargetSession {
     }
 
     async fn next(&mut self) -> Event {
-        let pump = async {
-            match &mut self.pump {
-                Some(pump) => pump.next_event().await,
-                None => std::future::pending().await,
-            }
-        };
         tokio::select! {
             biased;
             _ = self.stop.wait_for(|&stop| stop) => Event::Stop,
@@ -191,37 +184,19 @@ impl TargetSession {
             Some(event) = self.disks.recv() => Event::Disks(event),
             Some(stepped) = self.results.recv() => Event::Step(stepped),
             Some((attempt, looked)) = self.looks.recv() => Event::Looked(attempt, looked),
-            event = pump => Event::Stream(event),
+            event = self.stream.next_event() => Event::Stream(event),
             () = sleep(LOOK) => Event::Timer,
         }
     }
 
     fn apply(&mut self, event: Event) {
         match event {
-            Event::Link(LinkInput::Up(generation)) => {
-                self.generation = Some(generation);
-                self.machine.handle_link_up();
-                if let Some(pump) = &self.pump {
-                    pump.handle_link_up(generation);
-                }
-            }
-            Event::Link(LinkInput::Down) => {
-                self.generation = None;
-                self.machine.handle_link_down();
-                if let Some(pump) = &self.pump {
-                    pump.handle_link_down();
-                }
-            }
-            Event::Link(LinkInput::Message(Message::Vm(message), credit)) => {
-                if base::is_of_stream(&message) {
-                    if let Some(pump) = &self.pump {
-                        pump.handle_message(message, credit);
-                    }
-                } else {
-                    self.machine.handle_message(&message);
-                }
-            }
-            Event::Link(LinkInput::Message(..)) => {}
+            Event::Link(input) => match self.stream.handle(input) {
+                Some(FromLink::Up) => self.machine.handle_link_up(),
+                Some(FromLink::Down) => self.machine.handle_link_down(),
+                Some(FromLink::Message(message)) => self.machine.handle_message(&message),
+                None => {}
+            },
             Event::Disks(DisksEvent::Owned) => self.machine.handle_disks_owned(),
             Event::Disks(DisksEvent::Completed) => {
                 self.disks_done = true;
@@ -238,7 +213,7 @@ impl TargetSession {
             Event::Step(stepped) => self.stepped(stepped),
             Event::Looked(attempt, looked) => self.looked(attempt, looked),
             Event::Stream(PumpEvent::Broken(why)) => {
-                self.pump = None;
+                self.stream.end();
                 // A machine that has all of its state needs the stream no more.
                 if self.machine.phase() == VmTargetPhase::Receiving {
                     self.broken(self.machine.attempt(), &why);
@@ -265,17 +240,14 @@ impl TargetSession {
                 self.record.launched = Some(launched);
                 self.qmp = Some(qmp);
                 let pump = RamPump::connect(self.link.clone(), self.record.id, attempt, &socket);
-                if let Some(generation) = self.generation {
-                    pump.handle_link_up(generation);
-                }
-                self.pump = Some(pump);
+                self.stream.begin(pump);
                 self.machine.handle_listening(attempt, postcopy);
             }
             Stepped::Broken { attempt, why } => self.broken(attempt, &why),
             Stepped::Running => self.machine.handle_running(),
             Stepped::Killed => {
                 self.record.launched = None;
-                self.pump = None;
+                self.stream.end();
                 self.qmp = None;
             }
             Stepped::Told => {}
@@ -340,7 +312,7 @@ impl TargetSession {
             }
             self.publish();
         }
-        if let Some(generation) = self.generation {
+        if let Some(generation) = self.stream.generation() {
             while let Some(message) = self.machine.poll_transmit() {
                 base::send(&self.link, self.record.id, generation, message);
             }
