@@ -240,13 +240,7 @@ impl SourceSession {
     fn step_taken(&mut self, now: Time, action: &VmSourceAction, result: Result<(), String>) {
         self.steps_left -= 1;
         match action {
-            VmSourceAction::EndTransfer => self.end_stream(),
-            VmSourceAction::Quit => {
-                self.end_stream();
-                if let Err(error) = self.agent.vms.remove(&self.record.vm) {
-                    tracing::error!(vm = %self.record.vm, "forgetting a machine that has moved failed: {error}");
-                }
-            }
+            VmSourceAction::EndTransfer | VmSourceAction::Quit => self.end_stream(),
             VmSourceAction::Resume if result.is_ok() => self.stopped_at = None,
             _ => {}
         }

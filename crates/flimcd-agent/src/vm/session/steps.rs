@@ -28,6 +28,9 @@ impl SourceSteps {
     ) {
         while let Some(action) = actions.recv().await {
             let result = self.take(&action).await;
+            if matches!(action, VmSourceAction::Quit) {
+                self.forget().await;
+            }
             match &result {
                 Ok(()) => tracing::debug!(session = %self.session, ?action, "done"),
                 Err(why) => tracing::warn!(session = %self.session, ?action, "refused: {why}"),
@@ -74,6 +77,15 @@ impl SourceSteps {
             VmSourceAction::Disks(
                 DisksCommand::Switch | DisksCommand::Cancel | DisksCommand::VmReady(_),
             ) => Ok(()),
+        }
+    }
+
+    /// Forgets the machine, which has moved.
+    async fn forget(&self) {
+        let (agent, vm) = (self.agent.clone(), self.vm.clone());
+        let removed = tokio::task::spawn_blocking(move || agent.vms.remove(&vm)).await;
+        if let Ok(Err(error)) = removed {
+            tracing::error!(vm = %self.vm, "forgetting a machine that has moved failed: {error}");
         }
     }
 }
