@@ -4,6 +4,7 @@
 //! - [`image`]: disk images with realistic content from a seed.
 //! - [`changes`]: changes to an image, from a seed.
 //! - [`load`]: a guest load that checks every byte it reads.
+//! - [`sparse`]: files with holes.
 //! - [`trace`]: recorded disk traces as loads.
 //! - [`mod@bench`]: benchmarks that compare side by side.
 //! - [`report`]: figures for people and scripts.
@@ -16,6 +17,7 @@ pub mod image;
 pub mod load;
 pub mod report;
 mod rng;
+pub mod sparse;
 pub mod trace;
 pub mod vm;
 pub mod wan;

@@ -9,9 +9,12 @@ use std::{
 
 use super::{
     Client, DiskFormat, DiskSpec, GuestImage, ImageError, LoadSettings, Place, Qemu, QemuError,
-    QemuSpec, Sites, SitesError, Storage, Tools, copy_sparse,
+    QemuSpec, Sites, SitesError, Storage, Tools,
 };
-use crate::wan::{LinkModel, Side};
+use crate::{
+    sparse::copy_sparse,
+    wan::{LinkModel, Side},
+};
 
 /// A client that has not reached the guest by then never will.
 const ANSWER_MAX: Duration = Duration::from_secs(30);

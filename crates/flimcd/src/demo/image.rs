@@ -13,8 +13,8 @@ use flimcd_core::{BLOCK_SIZE, BLOCKS_PER_CHUNK, BlockRange, CHUNK_SIZE, VolumeSi
 use flimcd_lab::{
     image::{self, ImageOptions},
     load::Baseline,
+    sparse::{copy_sparse, for_each_extent},
 };
-use rustix::fs::{FallocateFlags, SeekFrom, copy_file_range, fallocate, seek};
 use serde::Serialize;
 
 use super::args::{DemoArgs, LoadArg};
@@ -163,72 +163,6 @@ fn check_image(file: &Path) -> anyhow::Result<u64> {
     Ok(data.len())
 }
 
-/// Copies a file and its holes. `to` must not exist.
-pub(crate) fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
-    let source = File::open(from)?;
-    let size = source.metadata()?.len();
-    let target = File::create_new(to)?;
-    target.set_len(size)?;
-    for_each_extent(&source, size, |start, end| {
-        copy_extent(&source, &target, start, end)
-    })
-}
-
-fn copy_extent(source: &File, target: &File, mut at: u64, end: u64) -> io::Result<()> {
-    // Room is taken in one piece, as a file system that is not full would give it.
-    let _ = fallocate(target, FallocateFlags::empty(), at, end - at);
-    while at < end {
-        let (mut from, mut to) = (at, at);
-        let want = usize::try_from((end - at).min(64 << 20)).unwrap_or(64 << 20);
-        match copy_file_range(source, Some(&mut from), target, Some(&mut to), want) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(copied) => at += copied as u64,
-            // Not on every file system, and not between any two.
-            Err(
-                rustix::io::Errno::XDEV | rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP,
-            ) => {
-                return copy_by_hand(source, target, at, end);
-            }
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Ok(())
-}
-
-fn copy_by_hand(source: &File, target: &File, mut at: u64, end: u64) -> io::Result<()> {
-    let mut buffer = vec![0; 1 << 20];
-    while at < end {
-        let len = buffer
-            .len()
-            .min(usize::try_from(end - at).unwrap_or(usize::MAX));
-        source.read_exact_at(&mut buffer[..len], at)?;
-        target.write_all_at(&buffer[..len], at)?;
-        at += len as u64;
-    }
-    Ok(())
-}
-
-/// Calls `each` with every run of bytes that is not a hole.
-fn for_each_extent(
-    file: &File,
-    size: u64,
-    mut each: impl FnMut(u64, u64) -> io::Result<()>,
-) -> io::Result<()> {
-    let mut at = 0;
-    while at < size {
-        let start = match seek(file, SeekFrom::Data(at)) {
-            Ok(start) => start,
-            // Only a hole is left.
-            Err(rustix::io::Errno::NXIO) => return Ok(()),
-            Err(error) => return Err(error.into()),
-        };
-        let end = seek(file, SeekFrom::Hole(start))?.min(size);
-        each(start, end)?;
-        at = end;
-    }
-    Ok(())
-}
-
 /// Bytes in non-zero blocks, and how many they are once encoded as the agents do it.
 fn encoded(path: &Path) -> io::Result<(u64, u64)> {
     let file = File::open(path)?;
@@ -261,22 +195,6 @@ fn encoded(path: &Path) -> io::Result<(u64, u64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::MetadataExt as _;
-
-    #[test]
-    fn copies_keep_holes_and_odd_sizes() {
-        let dir = tempfile::tempdir().unwrap();
-        let (from, to) = (dir.path().join("a"), dir.path().join("b"));
-        let file = File::create(&from).unwrap();
-        file.set_len((8 << 20) + 77).unwrap();
-        file.write_all_at(&[7; 5000], 3 << 20).unwrap();
-        file.write_all_at(b"end", (8 << 20) + 74).unwrap();
-        copy_sparse(&from, &to).unwrap();
-        assert!(std::fs::read(&from).unwrap() == std::fs::read(&to).unwrap());
-        assert!(std::fs::metadata(&to).unwrap().blocks() * 512 < 1 << 20);
-        let error = copy_sparse(&from, &to).unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
-    }
 
     #[test]
     fn zero_blocks_cost_nothing_and_repetition_little() {

@@ -13,13 +13,14 @@ use flimcd_core::VolumeName;
 use flimcd_lab::{
     load::{FinalCheck, GuestDisk, LoadHandle, LoadStats, Paused},
     report::{LowerBound, StrategyReport},
+    sparse::copy_sparse,
 };
 
 use super::{
     args::DemoStrategy,
     blocking,
     guest::{self, GuestPlan},
-    image::{DemoImage, copy_sparse},
+    image::DemoImage,
     report::Details,
     site::Site,
     world::{TARGET, World},

@@ -7,9 +7,12 @@ use std::{
     sync::OnceLock,
 };
 
-use flimcd_lab::vm::{
-    Bus, DiskFormat, DiskSpec, ExtraDisk, GuestImage, GuestSpec, LoadSummary, Qemu, QemuSpec,
-    Requirements, Style, Tools, copy_sparse,
+use flimcd_lab::{
+    sparse::copy_sparse,
+    vm::{
+        Bus, DiskFormat, DiskSpec, ExtraDisk, GuestImage, GuestSpec, LoadSummary, Qemu, QemuSpec,
+        Requirements, Style, Tools,
+    },
 };
 use rustix::process::Signal;
 use serde_json::Value;

@@ -7,6 +7,7 @@ use anyhow::Context as _;
 use flimcd_core::VolumeName;
 use flimcd_lab::{
     load::{Baseline, LoadHandle, LoadPhase, Paused},
+    sparse::copy_sparse,
     trace::{Fold, ReplayOptions, Trace, vscsi},
 };
 use serde_json::{Value, json};
@@ -14,7 +15,6 @@ use serde_json::{Value, json};
 use super::{Bench, Case, blocking, moves::Stage, replica, report::Row};
 use crate::demo::{
     guest::{self, GuestPlan},
-    image::copy_sparse,
     site::Site,
 };
 

@@ -3,11 +3,10 @@
 use std::{path::Path, process::Command};
 
 use anyhow::Context as _;
-use flimcd_lab::bench::debian;
+use flimcd_lab::{bench::debian, sparse::copy_sparse};
 use serde_json::json;
 
 use super::{Bench, Case, blocking, images, moves::Stage, replica, report::Row};
-use crate::demo::image::copy_sparse;
 
 /// A root file system and its journal need this much at least.
 const SIZE_MIN: u64 = 1 << 30;

@@ -2,15 +2,16 @@
 //! pre-copy as it is known.
 
 use anyhow::Context as _;
-use flimcd_lab::{changes::Pattern, load::Mail, report::StrategyReport, wan::WanBytes};
+use flimcd_lab::{
+    changes::Pattern, load::Mail, report::StrategyReport, sparse::copy_sparse, wan::WanBytes,
+};
 use serde_json::json;
 
 use super::{Bench, Case, blocking, images, moves::Stage, replica, report::Row};
 use crate::demo::{
     args::DemoStrategy,
     guest::GuestPlan,
-    image::{self, copy_sparse},
-    report,
+    image, report,
     run::{self, Setting},
 };
 

@@ -4,14 +4,13 @@
 use std::fs::File;
 
 use anyhow::Context as _;
-use flimcd_lab::{bench::copy::Copier, changes::Pattern};
+use flimcd_lab::{bench::copy::Copier, changes::Pattern, sparse::copy_sparse};
 use serde_json::json;
 
 use super::{
     Bench, Case, blocking, images, replica,
     report::{ImageRow, Row},
 };
-use crate::demo::image::copy_sparse;
 
 const SHARE: f64 = 0.05;
 

@@ -4,10 +4,12 @@ use std::{fs::File, os::unix::fs::FileExt as _, path::Path};
 
 use anyhow::Context as _;
 use flimcd_core::{BLOCK_SIZE, VolumeName};
-use flimcd_lab::changes::{ChangeOptions, Changes, Pattern};
+use flimcd_lab::{
+    changes::{ChangeOptions, Changes, Pattern},
+    sparse::copy_sparse,
+};
 
 use super::{Bench, Case, blocking, images, moves::Stage, report::Row};
-use crate::demo::image::copy_sparse;
 
 /// Share of the changed blocks that compress, as in the image itself.
 const TEXT_SHARE: f64 = 0.6;

@@ -1,31 +1,60 @@
-//! Copies and comparisons of image files that know holes.
+//! Files with holes: their extents, copies and comparisons.
 
 use std::{fs::File, io, os::unix::fs::FileExt as _, path::Path};
 
-use rustix::fs::{SeekFrom, copy_file_range, seek};
+use rustix::{
+    fs::{FallocateFlags, SeekFrom, copy_file_range, fallocate, seek},
+    io::Errno,
+};
 
 const BUFFER_BYTES: usize = 1 << 20;
+/// The kernel is asked to copy so much at once.
+const COPY_BYTES_MAX: u64 = 64 << 20;
 
-/// Copies a file and its holes, replacing what is at `to`.
+/// Copies a file and its holes. `to` must not exist.
 ///
 /// # Errors
-/// Those of reading and writing.
+/// Those of reading and writing; [`io::ErrorKind::AlreadyExists`] when `to` exists.
 pub fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
     let source = File::open(from)?;
     let size = source.metadata()?.len();
-    let target = File::create(to)?;
+    let target = File::create_new(to)?;
     target.set_len(size)?;
-    for_each_extent(&source, size, |mut at, end| {
-        while at < end {
-            let (mut read, mut written) = (at, at);
-            let want = usize::try_from(end - at).unwrap_or(usize::MAX);
-            match copy_file_range(&source, Some(&mut read), &target, Some(&mut written), want)? {
-                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-                copied => at += copied as u64,
-            }
-        }
-        Ok(())
+    for_each_extent(&source, size, |start, end| {
+        copy_extent(&source, &target, start, end)
     })
+}
+
+fn copy_extent(source: &File, target: &File, mut at: u64, end: u64) -> io::Result<()> {
+    // Room is taken in one piece, as a file system that is not full would give it.
+    let _ = fallocate(target, FallocateFlags::empty(), at, end - at);
+    while at < end {
+        let (mut from, mut to) = (at, at);
+        let want = usize::try_from((end - at).min(COPY_BYTES_MAX)).unwrap_or(BUFFER_BYTES);
+        match copy_file_range(source, Some(&mut from), target, Some(&mut to), want) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(copied) => at += copied as u64,
+            // Not on every file system, and not between any two.
+            Err(Errno::XDEV | Errno::INVAL | Errno::OPNOTSUPP) => {
+                return copy_by_hand(source, target, at, end);
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+fn copy_by_hand(source: &File, target: &File, mut at: u64, end: u64) -> io::Result<()> {
+    let mut buffer = vec![0; BUFFER_BYTES];
+    while at < end {
+        let len = buffer
+            .len()
+            .min(usize::try_from(end - at).unwrap_or(usize::MAX));
+        source.read_exact_at(&mut buffer[..len], at)?;
+        target.write_all_at(&buffer[..len], at)?;
+        at += len as u64;
+    }
+    Ok(())
 }
 
 /// Where two files differ first; `None` when they hold the same bytes. Holes are zeroes.
@@ -66,8 +95,11 @@ fn first_in_extents(one: &File, other: &File, map: &File, size: u64) -> io::Resu
     Ok(found)
 }
 
-/// Calls `each` with every run of bytes that is not a hole.
-fn for_each_extent(
+/// Calls `each` with the start and the end of every run of bytes of `file`, of `size` bytes, that is not a hole.
+///
+/// # Errors
+/// Those of the file, and of `each`.
+pub fn for_each_extent(
     file: &File,
     size: u64,
     mut each: impl FnMut(u64, u64) -> io::Result<()>,
@@ -77,7 +109,7 @@ fn for_each_extent(
         let start = match seek(file, SeekFrom::Data(at)) {
             Ok(start) => start,
             // Only a hole is left.
-            Err(rustix::io::Errno::NXIO) => return Ok(()),
+            Err(Errno::NXIO) => return Ok(()),
             Err(error) => return Err(error.into()),
         };
         let end = seek(file, SeekFrom::Hole(start))?.min(size);
@@ -100,9 +132,13 @@ mod tests {
         let file = File::create(&one).unwrap();
         file.set_len((8 << 20) + 77).unwrap();
         file.write_all_at(&[7; 5000], 3 << 20).unwrap();
+        file.write_all_at(b"end", (8 << 20) + 74).unwrap();
         copy_sparse(&one, &other).unwrap();
         assert_eq!(first_difference(&one, &other).unwrap(), None);
+        assert!(std::fs::read(&one).unwrap() == std::fs::read(&other).unwrap());
         assert!(std::fs::metadata(&other).unwrap().blocks() * 512 < 1 << 20);
+        let error = copy_sparse(&one, &other).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
         // In what is a hole in one of them only.
         let copy = File::options().write(true).open(&other).unwrap();
         copy.write_all_at(&[1], 5 << 20).unwrap();
@@ -110,5 +146,16 @@ mod tests {
         assert_eq!(first_difference(&other, &one).unwrap(), Some(5 << 20));
         copy.set_len(1000).unwrap();
         assert_eq!(first_difference(&one, &other).unwrap(), Some(1000));
+    }
+
+    #[test]
+    fn copies_by_hand_are_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let (one, other) = (dir.path().join("a"), dir.path().join("b"));
+        let content: Vec<u8> = (0..(2u32 << 20) + 77).map(|at| (at % 251) as u8).collect();
+        std::fs::write(&one, &content).unwrap();
+        let (source, target) = (File::open(&one).unwrap(), File::create(&other).unwrap());
+        copy_by_hand(&source, &target, 0, content.len() as u64).unwrap();
+        assert_eq!(first_difference(&one, &other).unwrap(), None);
     }
 }
