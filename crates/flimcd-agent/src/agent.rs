@@ -19,7 +19,7 @@ use std::{
 use tokio::{
     net::UnixListener,
     signal::unix::{SignalKind, signal},
-    sync::{Semaphore, watch},
+    sync::watch,
     task::JoinHandle,
 };
 
@@ -52,8 +52,6 @@ pub(crate) struct Agent {
     pub(crate) moves_store: SessionStore,
     pub(crate) registry: Registry,
     pub(crate) library: Arc<Library>,
-    /// Whose turn it is to read an image of the library.
-    pub(crate) scan_turn: Semaphore,
     /// Those who move machines, and wait for what happens to their disks.
     pub(crate) sessions: Arc<Sessions>,
     endpoint: Endpoint,
@@ -228,7 +226,6 @@ pub async fn start(config: Config) -> Result<RunningAgent, StartError> {
         moves_store,
         registry: Registry::default(),
         library: Arc::new(library),
-        scan_turn: Semaphore::new(1),
         sessions: Arc::default(),
         endpoint,
         dialled: Mutex::default(),

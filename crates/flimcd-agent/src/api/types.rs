@@ -440,7 +440,7 @@ pub struct AddLibraryImage {
     #[schema(value_type = Option<String>)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<VolumeName>,
-    /// Absolute path of the raw image.
+    /// Absolute path of the image: raw, or qcow2 with its backing chain.
     #[schema(value_type = String)]
     pub path: PathBuf,
     /// Whose volumes may share content with it; `default` if left out.
@@ -457,9 +457,16 @@ pub struct AddLibraryImage {
 /// An image of the library.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct LibraryImage {
-    /// Its name.
+    /// Its name: an image's own, or the volume's.
     #[schema(value_type = String)]
     pub name: VolumeName,
+    /// What it is.
+    #[serde(default)]
+    pub kind: LibraryKind,
+    /// The image that it was added with, as a part of its backing chain.
+    #[schema(value_type = Option<String>)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub part_of: Option<VolumeName>,
     /// The file.
     #[schema(value_type = String)]
     pub path: PathBuf,
@@ -483,6 +490,29 @@ pub struct LibraryImage {
     pub added_unix_ms: u64,
     /// When its fingerprints were made.
     pub scanned_unix_ms: Option<u64>,
+}
+
+/// What an image of the library is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum LibraryKind {
+    /// Somebody has added it.
+    #[default]
+    Image,
+    /// A copy of a volume that has moved away. It is here by itself.
+    Replica,
+    /// A volume that is owned here. It is here by itself; what was found in it may have been overwritten.
+    Volume,
+}
+
+impl fmt::Display for LibraryKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Image => "image",
+            Self::Replica => "replica",
+            Self::Volume => "volume",
+        })
+    }
 }
 
 /// Whether an image of the library can be used.

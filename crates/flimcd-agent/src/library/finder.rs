@@ -4,7 +4,7 @@
 //! whole fingerprint compared. So an index that is wrong or old, a file that is written meanwhile and two blocks with one prefix cost
 //! time and nothing else.
 
-use flimcd_content::{ContentIndex, Fingerprint, Recent};
+use flimcd_content::{Fingerprint, Recent};
 use flimcd_core::{BLOCK_SIZE, BlockIndex, BlockRange, Seq, VolumeLayout};
 use flimcd_wire::{BlockPrefix, Probe, Probed, Runs};
 use std::{
@@ -14,7 +14,7 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use super::{Library, Seeds};
+use super::{Library, Seeds, index::ContentIndex};
 use crate::migration::volumes::VolumeSet;
 
 /// Probes whose places are remembered: more than a source has under way.
@@ -36,12 +36,16 @@ type Places = BTreeMap<u64, Place>;
 
 /// A file of the library with the places of its blocks.
 pub(super) struct Indexed {
+    /// Whose volumes may share content with it; `None`: everybody's.
+    pub(super) tenant: Option<String>,
     pub(super) file: File,
     pub(super) index: ContentIndex,
 }
 
 /// What the volumes of one migration may find content in; see the module.
 pub(crate) struct Finder {
+    /// Whose each volume is.
+    tenants: Vec<String>,
     files: Vec<Indexed>,
     recent: Mutex<Recent>,
     /// By the number of the probe; those of an earlier run of the source are written over.
@@ -53,17 +57,22 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Library {
-    /// For volumes of these tenants. Blocks.
+    /// For volumes of which each belongs to one of these tenants, in their order. Blocks.
     pub(crate) fn finder(&self, tenants: &[String]) -> Finder {
-        Finder {
-            files: self.indexed(tenants),
-            recent: Mutex::default(),
-            places: Mutex::default(),
-        }
+        Finder::over(tenants, self.indexed(tenants))
     }
 }
 
 impl Finder {
+    pub(super) fn over(tenants: &[String], files: Vec<Indexed>) -> Self {
+        Self {
+            tenants: tenants.to_vec(),
+            files,
+            recent: Mutex::default(),
+            places: Mutex::default(),
+        }
+    }
+
     /// Which of these blocks are here. Remembers where for [`copy`](Self::copy). Blocks for the disk.
     pub(crate) fn probe(
         &self,
@@ -77,23 +86,20 @@ impl Finder {
         let mut buffer = Vec::new();
         for run in probe.blocks.iter() {
             let in_seed = seeds.and_then(|seeds| seeds.peek(run));
-            let seed = prefixes(in_seed.as_deref());
+            let in_seed = prefixes(in_seed.as_deref());
             let here = volumes.peek(run).ok();
             let here = prefixes(here.as_deref());
-            for (at, block) in run.iter().enumerate() {
-                let Some(wanted) = wanted.next() else { break };
-                let place = if seed.get(at) == Some(&wanted) {
+            for (at, (block, wanted)) in run.iter().zip(&mut wanted).enumerate() {
+                let place = if in_seed.get(at) == Some(&wanted) {
                     same_place += 1;
                     Place::Seed
                 } else if here.get(at) == Some(&wanted) {
                     same_place += 1;
                     Place::Own(block)
-                } else if let Some(place) = self.recent(volumes, wanted, &mut buffer) {
+                } else if let Some(place) = self.recent(volumes, block, wanted, &mut buffer) {
                     repeated += 1;
                     place
-                } else if let Some(place) =
-                    self.in_files(volumes.layout(), block, wanted, &mut buffer)
-                {
+                } else if let Some(place) = self.in_files(volumes, block, wanted, &mut buffer) {
                     place
                 } else {
                     continue;
@@ -103,7 +109,9 @@ impl Finder {
         }
         let had = runs(places.keys().copied());
         let mut remembered = lock(&self.places);
-        if !places.is_empty() {
+        if places.is_empty() {
+            remembered.remove(&probe.seq);
+        } else {
             remembered.insert(probe.seq, places);
         }
         while remembered.len() > PROBES_MAX {
@@ -117,34 +125,49 @@ impl Finder {
         }
     }
 
-    /// Something that has come in this migration.
+    /// Something that has come in this migration, to a volume of the same tenant.
     fn recent(
         &self,
         volumes: &VolumeSet,
-        wanted: BlockPrefix,
-        buffer: &mut Vec<u8>,
-    ) -> Option<Place> {
-        let block = lock(&self.recent).get(wanted)?;
-        *buffer = volumes.peek(BlockRange::single(block)).ok()?;
-        (Fingerprint::of_block(buffer).block_prefix() == wanted).then_some(Place::Own(block))
-    }
-
-    /// Something in a file of the library, as long as the block is.
-    fn in_files(
-        &self,
-        layout: &VolumeLayout,
         block: BlockIndex,
         wanted: BlockPrefix,
         buffer: &mut Vec<u8>,
     ) -> Option<Place> {
-        let length = length_of(layout, block)?;
-        self.files.iter().enumerate().find_map(|(number, indexed)| {
-            let place = indexed.index.lookup(wanted)?;
+        let place = lock(&self.recent).get(wanted)?;
+        let tenant = self.tenant_of(volumes, place)?;
+        if tenant != self.tenant_of(volumes, block)? {
+            return None;
+        }
+        *buffer = volumes.peek(BlockRange::single(place)).ok()?;
+        (Fingerprint::of_block(buffer).block_prefix() == wanted).then_some(Place::Own(place))
+    }
+
+    /// Something in a file of the library that the block's volume may see, as long as the block is.
+    fn in_files(
+        &self,
+        volumes: &VolumeSet,
+        block: BlockIndex,
+        wanted: BlockPrefix,
+        buffer: &mut Vec<u8>,
+    ) -> Option<Place> {
+        let length = length_of(volumes.layout(), block)?;
+        let tenant = self.tenant_of(volumes, block)?;
+        let may_see = |(_, file): &(usize, &Indexed)| {
+            file.tenant.as_deref().is_none_or(|owner| owner == tenant)
+        };
+        let mut files = self.files.iter().enumerate().filter(may_see);
+        files.find_map(|(number, file)| {
+            let place = file.index.lookup(wanted)?;
             buffer.resize(length, 0);
-            indexed.read(place, buffer)?;
+            file.read(place, buffer)?;
             let is_it = Fingerprint::of_block(buffer).block_prefix() == wanted;
             is_it.then_some(Place::File(number, place))
         })
+    }
+
+    fn tenant_of(&self, volumes: &VolumeSet, block: BlockIndex) -> Option<&str> {
+        let (volume, _) = volumes.layout().locate(BlockRange::single(block))?;
+        self.tenants.get(volume).map(String::as_str)
     }
 
     /// The content of `run`, from the places that were found for it, in `buffer`; `None` when it is not what is `expected`, or not

@@ -1,17 +1,20 @@
 //! An image file as the library knows it: which file it is, whether it is still the same, and its fingerprints.
 
-use flimcd_content::{Fingerprint, IndexBuilder, is_zero};
-use flimcd_core::{BLOCK_SIZE, CHUNK_SIZE, ChunkIndex, VolumeSize};
+use flimcd_content::{Fingerprint, is_zero};
+use flimcd_core::{BLOCK_SIZE, BLOCKS_PER_CHUNK, BlockIndex, CHUNK_SIZE, ChunkIndex, VolumeSize};
 use rustix::fs::{Advice, SeekFrom, fadvise, seek};
 use serde::{Deserialize, Serialize};
 use std::{
     fs::File,
-    io::{self, Read},
+    io,
     os::unix::fs::{FileExt, MetadataExt},
     path::Path,
 };
 
-use super::table::{Leaf, LeafTable};
+use super::{
+    index::IndexBuilder,
+    table::{Leaf, LeafTable},
+};
 
 /// Read at once: 1 MiB.
 const PIECE_CHUNKS: u64 = 16;
@@ -46,6 +49,11 @@ impl Identity {
         })
     }
 
+    /// The same file, though it may have been written.
+    pub(super) fn is_same_file(&self, other: &Self) -> bool {
+        (self.device, self.inode, self.size_bytes) == (other.device, other.inode, other.size_bytes)
+    }
+
     pub(super) fn chunks(&self) -> u64 {
         self.size_bytes.div_ceil(CHUNK_SIZE)
     }
@@ -60,8 +68,6 @@ pub(super) enum ImageError {
     NotAFile { path: String },
     #[error("{path} is empty or too large for an image")]
     Size { path: String },
-    #[error("{path} is a qcow2 image, and the library compares what guests see")]
-    Qcow2 { path: String },
 }
 
 /// Opens a file that may become an image.
@@ -71,7 +77,7 @@ pub(super) fn open(path: &Path) -> Result<(File, Identity), ImageError> {
         path: name(),
         source,
     };
-    let mut file = File::open(path).map_err(failed)?;
+    let file = File::open(path).map_err(failed)?;
     if !file.metadata().map_err(failed)?.is_file() {
         return Err(ImageError::NotAFile { path: name() });
     }
@@ -79,14 +85,17 @@ pub(super) fn open(path: &Path) -> Result<(File, Identity), ImageError> {
     if VolumeSize::new(identity.size_bytes).is_err() {
         return Err(ImageError::Size { path: name() });
     }
-    let mut magic = [0; 4];
-    if identity.size_bytes >= 4 {
-        file.read_exact(&mut magic).map_err(failed)?;
-    }
-    if magic == *QCOW2 {
-        return Err(ImageError::Qcow2 { path: name() });
-    }
     Ok((file, identity))
+}
+
+/// Whether a file begins as a qcow2 image does.
+pub(super) fn is_qcow2(file: &File) -> io::Result<bool> {
+    let mut magic = [0; 4];
+    match file.read_exact_at(&mut magic, 0) {
+        Ok(()) => Ok(magic == *QCOW2),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// How reading an image ended.
@@ -98,8 +107,8 @@ pub(super) enum Scanned {
     Stopped,
 }
 
-/// Fills the table from the image, from where it is filled on, and tells the index of all blocks on the way. `go_on` is told how
-/// many chunks are done, and says whether to go on.
+/// Fills the table and the index from the image, from where the table is filled on. `go_on` is told how many chunks are done, and
+/// says whether to go on.
 pub(super) fn scan(
     image: &File,
     table: &mut LeafTable,
@@ -113,7 +122,7 @@ pub(super) fn scan(
     let mut at = table.done();
     while at < table.chunks() {
         if !go_on(at) {
-            table.keep(at)?;
+            table.keep(at, index.keep()?)?;
             return Ok(Scanned::Stopped);
         }
         let next = next_data(image, at * CHUNK_SIZE, size)? / CHUNK_SIZE;
@@ -127,60 +136,38 @@ pub(super) fn scan(
         let (from, to) = (at * CHUNK_SIZE, (end * CHUNK_SIZE).min(size));
         let bytes = &mut buffer[..usize::try_from(to - from).map_err(io::Error::other)?];
         image.read_exact_at(bytes, from)?;
-        table.write(ChunkIndex(at), &leaves(ChunkIndex(at), bytes, index)?)?;
+        table.write(ChunkIndex(at), &leaves(bytes, at * BLOCKS_PER_CHUNK, index))?;
         at = end;
         if at - table.done() >= KEEP_CHUNKS {
-            table.keep(at)?;
+            table.keep(at, index.keep()?)?;
         }
     }
-    table.keep(at)?;
+    table.keep(at, index.keep()?)?;
     go_on(at);
     Ok(Scanned::Whole)
 }
 
-/// Tells the index of the blocks of a whole image, whose table is made already.
-pub(super) fn index(
-    image: &File,
-    index: &mut IndexBuilder,
-    mut go_on: impl FnMut() -> bool,
-) -> io::Result<Scanned> {
-    let size = image.metadata()?.len();
-    let mut buffer = vec![0; usize::try_from(PIECE_CHUNKS * CHUNK_SIZE).map_err(io::Error::other)?];
-    let mut at = 0;
-    while at < size {
-        if !go_on() {
-            return Ok(Scanned::Stopped);
+/// The fingerprint of each chunk of `bytes`, of which the first block is `first`. Those of its blocks go into the index.
+fn leaves(bytes: &[u8], first: u64, index: &mut IndexBuilder) -> Vec<Leaf> {
+    let length = |bytes: u64| usize::try_from(bytes).expect("at most 64 KiB");
+    let mut blocks = Vec::new();
+    let chunks = bytes.chunks(length(CHUNK_SIZE));
+    let leaf = |(at, chunk): (u64, &[u8])| {
+        if is_zero(chunk) {
+            return None;
         }
-        at = at.max(next_data(image, at, size)? / CHUNK_SIZE * CHUNK_SIZE);
-        let length = usize::try_from(size.saturating_sub(at)).unwrap_or(usize::MAX);
-        let length = length.min(buffer.len());
-        let bytes = &mut buffer[..length];
-        image.read_exact_at(bytes, at)?;
-        leaves(ChunkIndex(at / CHUNK_SIZE), bytes, index)?;
-        at += (length as u64).max(1);
-    }
-    Ok(Scanned::Whole)
-}
-
-/// The fingerprint of each chunk of `bytes`, which begin with the chunk `first`; the index is told of the blocks.
-fn leaves(first: ChunkIndex, bytes: &[u8], index: &mut IndexBuilder) -> io::Result<Vec<Leaf>> {
-    let chunk_bytes = usize::try_from(CHUNK_SIZE).expect("64 KiB");
-    let block_bytes = usize::try_from(BLOCK_SIZE).expect("4 KiB");
-    let mut leaves = Vec::new();
-    for (chunk, bytes) in (first.0..).map(ChunkIndex).zip(bytes.chunks(chunk_bytes)) {
-        let mut blocks = Vec::with_capacity(bytes.len().div_ceil(block_bytes));
-        let mut is_all_zero = true;
-        for (block, bytes) in chunk.blocks().iter().zip(bytes.chunks(block_bytes)) {
-            let fingerprint = Fingerprint::of_block(bytes);
-            if !is_zero(bytes) {
-                is_all_zero = false;
-                index.push(fingerprint.block_prefix(), block)?;
-            }
+        blocks.clear();
+        for (at, block) in (at..).zip(chunk.chunks(length(BLOCK_SIZE))) {
+            let fingerprint = Fingerprint::of_block(block);
             blocks.push(fingerprint);
+            if fingerprint != Fingerprint::ZERO_BLOCK {
+                index.push(fingerprint.block_prefix(), BlockIndex(at));
+            }
         }
-        leaves.push((!is_all_zero).then(|| Fingerprint::over(&blocks)));
-    }
-    Ok(leaves)
+        Some(Fingerprint::over(&blocks))
+    };
+    let firsts = (first..).step_by(length(BLOCKS_PER_CHUNK));
+    firsts.zip(chunks).map(leaf).collect()
 }
 
 /// Where data begins, at or after `at`. File systems that cannot tell say that it is all data.
@@ -194,7 +181,7 @@ pub(super) fn next_data(image: &File, at: u64, size: u64) -> io::Result<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::index::ContentIndex, *};
 
     fn sample() -> Vec<u8> {
         let mut bytes = vec![0u8; 100 * 65536 + 1000];
@@ -216,13 +203,12 @@ mod tests {
         std::fs::write(&path, &bytes).unwrap();
         let (file, identity) = open(&path).unwrap();
         assert_eq!(identity.chunks(), 101);
-        let index = || IndexBuilder::new(&dir.path().join("index"));
         let whole = dir.path().join("whole");
         let mut table = LeafTable::create(&whole, 101).unwrap();
-        assert_eq!(
-            scan(&file, &mut table, &mut index(), |_| true).unwrap(),
-            Scanned::Whole
-        );
+        let index = dir.path().join("whole.index");
+        let mut builder = IndexBuilder::resume(&index, 0).unwrap();
+        let scanned = scan(&file, &mut table, &mut builder, |_| true);
+        assert_eq!(scanned.unwrap(), Scanned::Whole);
         let expected = table.read_all(|_, _| {}).unwrap();
         for chunk in 0..101 {
             let start = chunk * 65536;
@@ -235,11 +221,25 @@ mod tests {
             );
         }
 
+        let root = expected.root().unwrap();
+        builder.finish(root).unwrap();
+        let found = ContentIndex::open(&index, root).unwrap();
+        for (at, block) in (0..).zip(bytes.chunks(4096)) {
+            let place = found.lookup(Fingerprint::of_block(block).block_prefix());
+            assert_eq!(place.is_some(), !is_zero(block), "{at}");
+            if let Some(place) = place {
+                let place = usize::try_from(place.0).unwrap() * 4096;
+                assert_eq!(&bytes[place..bytes.len().min(place + 4096)], block);
+            }
+        }
+
         let path = dir.path().join("resumed");
+        let resumed = dir.path().join("resumed.index");
         let mut table = LeafTable::create(&path, 101).unwrap();
         for _ in 0..200 {
             let mut steps = 0;
-            let scanned = scan(&file, &mut table, &mut index(), |_| {
+            let mut builder = IndexBuilder::resume(&resumed, table.entries()).unwrap();
+            let scanned = scan(&file, &mut table, &mut builder, |_| {
                 steps += 1;
                 steps <= 2
             });
@@ -251,20 +251,29 @@ mod tests {
         assert_eq!(table.done(), 101);
         assert_eq!(table.read_all(|_, _| {}).unwrap(), expected);
         assert_eq!(Identity::of(&file).unwrap(), identity);
+        let builder = IndexBuilder::resume(&resumed, table.entries()).unwrap();
+        builder.finish(root).unwrap();
+        assert_eq!(
+            std::fs::read(&resumed).unwrap(),
+            std::fs::read(&index).unwrap()
+        );
     }
 
     #[test]
-    fn what_is_no_raw_image_is_refused() {
+    fn what_is_no_image_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("image");
         let check = |content: &[u8]| {
             std::fs::write(&path, content).unwrap();
             open(&path).map(|_| ()).unwrap_err().to_string()
         };
-        assert!(check(b"QFI\xfb and more").contains("qcow2"));
         assert!(check(b"").contains("empty"));
         assert!(open(dir.path()).is_err() && open(&dir.path().join("none")).is_err());
         std::fs::write(&path, b"abc").unwrap();
-        assert_eq!(open(&path).unwrap().1.chunks(), 1);
+        let (file, identity) = open(&path).unwrap();
+        assert_eq!(identity.chunks(), 1);
+        assert!(!is_qcow2(&file).unwrap());
+        std::fs::write(&path, b"QFI\xfb and more").unwrap();
+        assert!(is_qcow2(&open(&path).unwrap().0).unwrap());
     }
 }

@@ -3,12 +3,13 @@
 //! ```text
 //! offset  size
 //!      0     8  "FLIMLEAF"
-//!      8     4  version, 1
+//!      8     4  version, 2
 //!     12     4  zero
 //!     16     8  chunks of the image
 //!     24     8  chunks whose fingerprints are here for good
-//!     32  4064  zero
-//!   4096  32×n  BLAKE3 of each chunk of 64 KiB (the last may be shorter); zeroes for a chunk of zeroes
+//!     32     8  entries of the content index that were kept then, while it is made
+//!     40  4056  zero
+//!   4096  32×n  fingerprint of each chunk of 64 KiB (the last may be shorter); zeroes for a chunk of zeroes
 //! ```
 //! All numbers are little-endian. Runs of zeroes are holes. The file is written in place while an image is read: fingerprints first,
 //! durably, then how many there are, so that a restart goes on where it was. Whether the fingerprints are what they
@@ -25,8 +26,10 @@ use std::{
 };
 
 const MAGIC: &[u8; 8] = b"FLIMLEAF";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const HEADER_BYTES: u64 = 4096;
+/// Bytes of it that say something.
+const HEAD: usize = 40;
 const LEAF_BYTES: u64 = 32;
 /// Fingerprints read at once.
 const PIECE: u64 = 8192;
@@ -37,6 +40,7 @@ pub(super) struct LeafTable {
     file: File,
     chunks: u64,
     done: u64,
+    entries: u64,
 }
 
 /// A fingerprint, or none for zeroes.
@@ -56,15 +60,16 @@ impl LeafTable {
             file,
             chunks,
             done: 0,
+            entries: 0,
         };
-        table.keep(0)?;
+        table.keep(0, 0)?;
         Ok(table)
     }
 
     /// The file that there is, which must be for so many chunks.
     pub(super) fn open(path: &Path, chunks: u64) -> io::Result<Self> {
         let file = OpenOptions::new().read(true).write(true).open(path)?;
-        let mut header = [0; 32];
+        let mut header = [0; HEAD];
         file.read_exact_at(&mut header, 0)?;
         let number = |at: usize| {
             let mut bytes = [0; 8];
@@ -84,12 +89,18 @@ impl LeafTable {
             file,
             chunks,
             done: number(24),
+            entries: number(32),
         })
     }
 
     /// Chunks whose fingerprints are here.
     pub(super) fn done(&self) -> u64 {
         self.done
+    }
+
+    /// Entries of the content index that were kept when so many chunks were done.
+    pub(super) fn entries(&self) -> u64 {
+        self.entries
     }
 
     /// Chunks of the image.
@@ -113,16 +124,17 @@ impl LeafTable {
     }
 
     /// Makes what was written durable, and then that it is there up to `done`.
-    pub(super) fn keep(&mut self, done: u64) -> io::Result<()> {
+    pub(super) fn keep(&mut self, done: u64, entries: u64) -> io::Result<()> {
         self.file.sync_data()?;
-        let mut header = [0; 32];
+        let mut header = [0; HEAD];
         header[..8].copy_from_slice(MAGIC);
         header[8..12].copy_from_slice(&VERSION.to_le_bytes());
         header[16..24].copy_from_slice(&self.chunks.to_le_bytes());
-        header[24..].copy_from_slice(&done.to_le_bytes());
+        header[24..32].copy_from_slice(&done.to_le_bytes());
+        header[32..].copy_from_slice(&entries.to_le_bytes());
         self.file.write_all_at(&header, 0)?;
         self.file.sync_data()?;
-        self.done = done;
+        (self.done, self.entries) = (done, entries);
         Ok(())
     }
 
@@ -140,13 +152,22 @@ impl LeafTable {
     /// Reads all fingerprints in order, and returns their tree.
     pub(super) fn read_all(
         &self,
+        each: impl FnMut(ChunkIndex, Leaf),
+    ) -> io::Result<FingerprintTree> {
+        self.read_first(self.chunks, each)
+    }
+
+    /// Reads the first fingerprints in order, and returns their tree.
+    pub(super) fn read_first(
+        &self,
+        chunks: u64,
         mut each: impl FnMut(ChunkIndex, Leaf),
     ) -> io::Result<FingerprintTree> {
         let mut tree = TreeBuilder::default();
         let mut buffer = Vec::new();
         let mut at = 0;
-        while at < self.chunks {
-            let count = PIECE.min(self.chunks - at);
+        while at < chunks {
+            let count = PIECE.min(chunks - at);
             buffer.resize(
                 usize::try_from(count * LEAF_BYTES).map_err(io::Error::other)?,
                 0,
@@ -182,9 +203,12 @@ mod tests {
         table
             .write(ChunkIndex(3), &[leaf(1), None, leaf(2)])
             .unwrap();
-        table.keep(50).unwrap();
+        table.keep(50, 7).unwrap();
         let table = LeafTable::open(&path, 100).unwrap();
-        assert_eq!((table.done(), table.chunks()), (50, 100));
+        assert_eq!(
+            (table.done(), table.chunks(), table.entries()),
+            (50, 100, 7)
+        );
         assert_eq!(table.leaf(ChunkIndex(5)).unwrap(), leaf(2));
         assert_eq!(table.leaf(ChunkIndex(100)).unwrap(), None);
         let mut found = Vec::new();

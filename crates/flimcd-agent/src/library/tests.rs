@@ -1,7 +1,18 @@
+//! The library over real files and volumes.
+
+mod find;
+mod qcow2;
+mod volumes;
+
 use super::*;
-use flimcd_core::ChunkIndex;
-use flimcd_core::{VolumeLayout, VolumeSize};
-use flimcd_wire::{ChunkPrefix, SampleChunk};
+use crate::{
+    api::{AddLibraryImage, LibraryState},
+    migration::volumes::VolumeSet,
+};
+use flimcd_core::{CHUNK_SIZE, ChunkIndex, Epoch, MigrationId, VolumeId, VolumeSize};
+use flimcd_volume::{NewVolume, Ownership, Volume, VolumesDir, device::OpenOptions};
+use flimcd_wire::{Base, ChunkPrefix, SampleChunk};
+use std::{fs, path::Path};
 
 const CHUNKS: u64 = 40;
 
@@ -33,15 +44,6 @@ fn sample(chunks: &[(u64, u8)]) -> Vec<SampleChunk> {
     chunks.iter().map(one).collect()
 }
 
-fn layout(chunks: &[u64]) -> VolumeLayout {
-    VolumeLayout::new(
-        chunks
-            .iter()
-            .map(|c| VolumeSize::new(c * CHUNK_SIZE).unwrap()),
-    )
-    .unwrap()
-}
-
 impl Fixture {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
@@ -64,16 +66,51 @@ impl Fixture {
     }
 
     fn add(&self, request: &AddLibraryImage) -> VolumeName {
-        let name = self.library.add(request).unwrap().name;
-        self.library.scan(&name, || true);
+        let name = self.library.add(request, |_| None).unwrap().name;
+        self.read_all();
         assert_eq!(self.library.get(&name).unwrap().state, LibraryState::Ready);
         name
     }
 
+    /// Reads whatever is to be read.
+    fn read_all(&self) {
+        for key in self.library.unfinished() {
+            self.library.scan(&key, || true);
+        }
+    }
+
+    /// Volumes of so many chunks that arrive.
+    fn arriving(&self, chunks: &[u64]) -> Arc<VolumeSet> {
+        let dir = self.dir.path().join("arriving");
+        if dir.exists() {
+            fs::remove_dir_all(&dir).unwrap();
+        }
+        let volumes = VolumesDir::open(dir.clone()).unwrap();
+        let make = |(number, &chunks): (usize, &u64)| {
+            let new = NewVolume {
+                id: VolumeId(number as u128 + 1),
+                image: dir.join(format!("{number}.raw")),
+                name: format!("v{number}").parse().unwrap(),
+                tenant: DEFAULT_TENANT.to_owned(),
+                epoch: Epoch::FIRST,
+                ownership: Ownership::Incoming {
+                    migration: MigrationId(9),
+                    peer: "beta".parse().unwrap(),
+                },
+            };
+            let size = VolumeSize::new(chunks * CHUNK_SIZE).unwrap();
+            Volume::create(&volumes, new, size, &OpenOptions::default()).unwrap()
+        };
+        VolumeSet::new(chunks.iter().enumerate().map(make).collect()).unwrap()
+    }
+
     fn choose(&self, tenant: &str, sample: &[SampleChunk]) -> Option<(String, Chosen)> {
+        let volumes = self.arriving(&[CHUNKS]);
+        let tenants = [tenant.to_owned()];
         let chosen = self
             .library
-            .choose(&layout(&[CHUNKS]), &[tenant.to_owned()], sample)?;
+            .choose(&volumes, &[Base::Zeroes], &tenants, sample)?;
+        assert!(!chosen.choice.in_place);
         Some((chosen.choice.name.clone(), chosen))
     }
 }
@@ -158,7 +195,10 @@ fn content_is_shared_inside_a_tenant_and_with_public_images_only() {
         tenant: Some("a".into()),
         ..at.request("theirs")
     };
-    assert_eq!(at.library.add(&both).unwrap_err().code, ApiCode::BadRequest);
+    assert_eq!(
+        at.library.add(&both, |_| None).unwrap_err().code,
+        ApiCode::BadRequest
+    );
 }
 
 #[test]
@@ -168,14 +208,15 @@ fn each_volume_has_its_own_image() {
     write_image(&at.path("data"), &[2; 30]);
     at.add(&at.request("root"));
     at.add(&at.request("data"));
-    let layout = layout(&[10, 5, 20]);
+    let volumes = at.arriving(&[10, 5, 20]);
+    let layout = volumes.layout();
     let starts: Vec<_> = layout
         .all_blocks()
         .map(|blocks| blocks.start / 16)
         .collect();
     let sample = sample(&[(starts[0] + 3, 1), (starts[2] + 4, 2)]);
     let tenants = vec!["default".to_owned(); 3];
-    let chosen = at.library.choose(&layout, &tenants, &sample).unwrap();
+    let chosen = at.library.choose(&volumes, &[], &tenants, &sample).unwrap();
     assert_eq!(chosen.choice.name, "root, data");
     let table = &chosen.choice.table;
     let has = |chunk| table.get(ChunkIndex(chunk)).is_some();
@@ -203,42 +244,60 @@ fn images_that_change_or_vanish_are_stale_until_they_are_verified() {
     write_image(&at.path("base"), &[2; 40]);
     assert_eq!(at.library.get(&name).unwrap().state, LibraryState::Stale);
     at.library.begin_verify(&name).unwrap();
-    at.library.scan(&name, || true);
+    at.read_all();
     let now = at.library.get(&name).unwrap();
     assert_eq!(now.state, LibraryState::Ready);
     assert!(now.root.is_some() && now.root != root);
     assert!(at.choose("default", &sample(&[(1, 2)])).is_some());
 }
 
+/// A table or index that cannot be what was made is found out, not used, and made anew by itself.
 #[test]
-fn damaged_tables_are_put_aside_and_made_anew() {
+fn damage_is_found_and_made_good() {
     let at = Fixture::new();
-    write_image(&at.path("base"), &[1; 40]);
+    let chunks: Vec<u8> = (1..=40).collect();
+    write_image(&at.path("base"), &chunks);
     let name = at.add(&at.request("base"));
-    let table = record::table_path(&at.library.dir, &name);
-    let sound = fs::read(&table).unwrap();
-    let damage: [(&str, Vec<u8>); 3] = [
-        ("flipped", {
+    let mut requests = at.library.requests().unwrap();
+    assert_eq!(
+        requests.try_recv().unwrap(),
+        Key::image(&name),
+        "when added"
+    );
+    let table = record::table_path(&at.library.dir, &Key::image(&name));
+    let index = record::index_path(&at.library.dir, &Key::image(&name));
+    for path in [&table, &index] {
+        let sound = fs::read(path).unwrap();
+        let flipped = |at: usize| {
             let mut bytes = sound.clone();
-            bytes[4096 + 32 * 20 + 5] ^= 4;
+            bytes[at] ^= 4;
             bytes
-        }),
-        ("short", sound[..5000].to_vec()),
-        ("no header", vec![0; sound.len()]),
-    ];
-    for (what, bytes) in damage {
-        fs::write(&table, bytes).unwrap();
-        assert!(at.choose("default", &sample(&[(1, 1)])).is_none(), "{what}");
-        assert_eq!(
-            at.library.get(&name).unwrap().state,
-            LibraryState::Failed,
-            "{what}"
-        );
-        at.library.begin_verify(&name).unwrap();
-        at.library.scan(&name, || true);
-        assert!(at.choose("default", &sample(&[(1, 1)])).is_some(), "{what}");
+        };
+        let mut damage = vec![
+            ("short", sound[..sound.len() - 1].to_vec()),
+            ("nothing", Vec::new()),
+            ("no header", vec![0; sound.len()]),
+            ("wrong count", flipped(17)),
+        ];
+        if path == &table {
+            damage.push(("flipped", flipped(4096 + 32 * 20 + 5)));
+        }
+        for (what, bytes) in damage {
+            fs::write(path, bytes).unwrap();
+            let used = match path == &table {
+                true => at.choose("default", &sample(&[(1, 2)])).is_some(),
+                false => !at.library.indexed(&["default".to_owned()]).is_empty(),
+            };
+            assert!(!used, "{what}");
+            let state = at.library.get(&name).unwrap().state;
+            assert_eq!(state, LibraryState::Scanning, "{what}");
+            assert_eq!(requests.try_recv().unwrap(), Key::image(&name), "{what}");
+            at.read_all();
+            assert!(at.choose("default", &sample(&[(1, 2)])).is_some());
+            assert_eq!(at.library.indexed(&["default".to_owned()]).len(), 1);
+        }
+        assert_eq!(fs::read(path).unwrap(), sound);
     }
-    assert_eq!(fs::read(&table).unwrap(), sound);
 }
 
 #[test]
@@ -249,13 +308,14 @@ fn a_restart_goes_on_and_removal_leaves_nothing_but_the_image() {
         copy: true,
         ..at.request("base")
     };
-    let name = at.library.add(&request).unwrap().name;
-    assert_eq!(at.library.add(&request).unwrap_err().code, ApiCode::Exists);
-    at.library.scan(&name, || false);
+    let name = at.library.add(&request, |_| None).unwrap().name;
+    let again = at.library.add(&request, |_| None);
+    assert_eq!(again.unwrap_err().code, ApiCode::Exists);
+    at.library.scan(&Key::image(&name), || false);
     let library = Library::open(at.library.dir.clone()).unwrap();
     assert_eq!(library.get(&name).unwrap().state, LibraryState::Scanning);
-    assert_eq!(library.unfinished(), std::slice::from_ref(&name));
-    library.scan(&name, || true);
+    assert_eq!(library.unfinished(), [Key::image(&name)]);
+    library.scan(&Key::image(&name), || true);
     let image = library.get(&name).unwrap();
     assert_eq!(
         (image.state, image.data_bytes),
@@ -276,24 +336,32 @@ fn a_restart_goes_on_and_removal_leaves_nothing_but_the_image() {
         library.remove(&name).unwrap_err().code,
         ApiCode::UnknownImage
     );
-    assert_eq!(fs::read_dir(&library.dir).unwrap().count(), 0);
+    let left = fs::read_dir(&library.dir).unwrap();
+    let left: Vec<_> = left.map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["volumes"]);
     assert!(at.path("base").exists());
 }
 
 #[test]
 fn what_cannot_be_in_the_library_is_refused_with_the_way_out() {
     let at = Fixture::new();
-    fs::write(at.path("disk"), b"QFI\xfb0000").unwrap();
-    let refused = at.library.add(&at.request("disk")).unwrap_err();
+    write_image(&at.path("disk"), &[1; 3]);
+    let request = at.request("disk");
+    let volume = "vm1".parse().unwrap();
+    let refused = at
+        .library
+        .add(&request, |_| Some(VolumeName::clone(&volume)));
+    let refused = refused.unwrap_err();
     assert_eq!(refused.code, ApiCode::Image);
-    assert!(refused.hint.unwrap().contains("qemu-img convert -O raw"));
+    assert!(refused.message.contains("vm1"), "{refused:?}");
     let relative = AddLibraryImage {
         path: "base.raw".into(),
         ..at.request("disk")
     };
-    assert_eq!(
-        at.library.add(&relative).unwrap_err().code,
-        ApiCode::BadRequest
-    );
+    let refused = at.library.add(&relative, |_| None).unwrap_err();
+    assert_eq!(refused.code, ApiCode::BadRequest);
+    fs::write(at.path("disk"), b"").unwrap();
+    let refused = at.library.add(&request, |_| None).unwrap_err();
+    assert_eq!(refused.code, ApiCode::Image);
     assert!(at.library.list().is_empty());
 }

@@ -6,7 +6,7 @@ use flimcd_migrate::{
     ApplyId, ContentCount, DiskError, SyncId, TargetAction, TargetConfig, TargetEvent,
     TargetMachine, TargetPhase, TargetStart,
 };
-use flimcd_wire::{Blocks, Message, Probe, Probed, SampleChunk};
+use flimcd_wire::{self as wire, Blocks, Message, Probe, Probed, SampleChunk};
 use std::{
     io,
     sync::{Arc, OnceLock},
@@ -69,6 +69,8 @@ pub(crate) struct TargetDriver {
     library: Arc<Library>,
     /// What the source may refer to. Its table is dropped once the source was told of it.
     seeds: Option<Arc<Seeds>>,
+    /// What stood in the volumes before.
+    bases: Vec<wire::Base>,
     /// Where blocks are looked for, once the source has asked for some.
     finder: Arc<OnceLock<Finder>>,
     content: ContentCount,
@@ -93,6 +95,7 @@ impl TargetDriver {
             credit: None,
             library: begin.library.clone(),
             seeds: None,
+            bases: begin.config.bases.clone(),
             finder: Arc::default(),
         })
     }
@@ -352,9 +355,9 @@ impl TargetDriver {
     /// Looks for images of the library that resemble what arrives.
     fn choose_seed(&mut self, sample: Vec<SampleChunk>) {
         let (volumes, library) = (self.base.volumes.clone(), self.library.clone());
-        let done = self.base.begin_job();
+        let (bases, done) = (self.bases.clone(), self.base.begin_job());
         self.base.workers.record(move || {
-            let chosen = library.choose(volumes.layout(), &tenants(&volumes), &sample);
+            let chosen = library.choose(&volumes, &bases, &tenants(&volumes), &sample);
             let _ = done.send(Done::Seed(chosen));
         });
     }

@@ -8,13 +8,18 @@ fn root() -> Fingerprint {
     Fingerprint::of(b"root")
 }
 
-fn build(path: &Path, entries: &[(u64, u64)], run: usize) -> ContentIndex {
-    let mut builder = IndexBuilder::with_runs_of(path, run);
-    for &(prefix, block) in entries {
-        builder
-            .push(BlockPrefix(prefix), BlockIndex(block))
-            .unwrap();
+/// Made in pieces, and stopped and gone on with after each.
+fn build(path: &Path, entries: &[(u64, u64)], piece: usize) -> ContentIndex {
+    let mut kept = 0;
+    for entries in entries.chunks(piece) {
+        let mut builder = IndexBuilder::resume(path, kept).unwrap();
+        for &(prefix, block) in entries {
+            builder.push(BlockPrefix(prefix), BlockIndex(block));
+        }
+        kept = builder.keep().unwrap();
+        builder.push(BlockPrefix(77), BlockIndex(1));
     }
+    let builder = IndexBuilder::resume(path, kept).unwrap();
     builder.finish(root()).unwrap();
     ContentIndex::open(path, root()).unwrap()
 }

@@ -22,13 +22,12 @@
 
 mod build;
 
-use std::{fs::File, io, os::unix::fs::FileExt, path::Path};
-
+use flimcd_content::Fingerprint;
 use flimcd_core::BlockIndex;
 use flimcd_wire::BlockPrefix;
+use std::{fs::File, io, os::unix::fs::FileExt, path::Path};
 
-use crate::Fingerprint;
-pub use build::IndexBuilder;
+pub(super) use build::{IndexBuilder, remove};
 
 const MAGIC: &[u8; 8] = b"FLIMINDX";
 const VERSION: u32 = 1;
@@ -90,7 +89,7 @@ fn length(entries: u64) -> Option<u64> {
 
 /// See the module.
 #[derive(Debug)]
-pub struct ContentIndex {
+pub(super) struct ContentIndex {
     file: File,
     entries: u64,
     /// The first prefix of each page.
@@ -99,10 +98,8 @@ pub struct ContentIndex {
 
 impl ContentIndex {
     /// Opens the index of a file whose fingerprint tree has this root.
-    ///
-    /// # Errors
-    /// What the system says; [`io::ErrorKind::InvalidData`] when it is damaged, or of another content.
-    pub fn open(path: &Path, root: Fingerprint) -> io::Result<Self> {
+    /// [`io::ErrorKind::InvalidData`] when it is damaged, or of another content.
+    pub(super) fn open(path: &Path, root: Fingerprint) -> io::Result<Self> {
         let invalid = |text| io::Error::new(io::ErrorKind::InvalidData, text);
         let file = File::open(path)?;
         let mut found = [0; HEAD];
@@ -132,8 +129,7 @@ impl ContentIndex {
     }
 
     /// A place where such a block is; the lowest one, if there are several. None when there is none, or the index cannot be read.
-    #[must_use]
-    pub fn lookup(&self, prefix: BlockPrefix) -> Option<BlockIndex> {
+    pub(super) fn lookup(&self, prefix: BlockPrefix) -> Option<BlockIndex> {
         // The last page that begins below it, and the next, where equal ones go on.
         let page = self.fences.partition_point(|&first| first < prefix.0);
         (page.saturating_sub(1)..=page).find_map(|page| self.lookup_in(page, prefix))
@@ -153,14 +149,13 @@ impl ContentIndex {
     }
 
     /// Blocks in it.
-    #[must_use]
-    pub fn entries(&self) -> u64 {
+    pub(super) fn entries(&self) -> u64 {
         self.entries
     }
 
     /// Bytes of memory.
-    #[must_use]
-    pub fn memory_bytes(&self) -> usize {
+    #[cfg(test)]
+    pub(super) fn memory_bytes(&self) -> usize {
         self.fences.capacity() * PREFIX_BYTES
     }
 }
