@@ -3,6 +3,7 @@
 use std::{path::Path, process::Command};
 
 use anyhow::Context as _;
+use flimcd_core::VolumeName;
 use flimcd_lab::{bench::debian, sparse::copy_sparse};
 use serde_json::json;
 
@@ -68,17 +69,25 @@ async fn one(
     layout: Layout,
 ) -> anyhow::Result<Row> {
     let stage = Stage::start(bench).await?;
-    let moving = stage.world.source.images().join(match layout {
-        Layout::Raw => "volume.raw",
-        Layout::Qcow2 => "volume.qcow2",
-    });
-    let (from, to) = (image.to_owned(), moving.clone());
-    blocking(move || match layout {
-        Layout::Raw => copy_sparse(&from, &to).context("the image cannot be copied"),
-        Layout::Qcow2 => convert(&from, &to),
-    })
-    .await?;
-    let mut row = replica::against_library(&stage, row, library, &moving).await?;
+    let site = &stage.world.source;
+    let (name, from): (VolumeName, _) = ("volume".parse()?, image.to_owned());
+    match layout {
+        Layout::Raw => {
+            let to = site.images().join("volume.raw");
+            let image = to.clone();
+            blocking(move || copy_sparse(&from, &to).context("the image cannot be copied")).await?;
+            stage.import(site, &name, &image).await?;
+        }
+        // As an adopted machine's disk: the volume is the file, and what the format means stays with QEMU.
+        Layout::Qcow2 => {
+            let to = stage.dir().join("image.qcow2");
+            let file = to.clone();
+            blocking(move || convert(&from, &to)).await?;
+            stage.create_with(site, &name, &file).await?;
+        }
+    }
+    let image = stage.image_at(site, &name).await?;
+    let mut row = replica::volume_against_library(&stage, row, library, (&name, &image)).await?;
     // What differs at the same place is not what had to cross here.
     row.bound_bytes = None;
     row.gathered_bound_bytes = None;

@@ -145,16 +145,30 @@ pub(super) fn is_same(one: &Path, other: &Path) -> anyhow::Result<bool> {
 
 /// Bytes in blocks that are not zero. Blocks.
 pub(super) fn non_zero_bytes(path: &Path) -> io::Result<u64> {
+    let mut sum = 0;
+    for_each_piece(path, |_, piece| {
+        let data = piece.chunks(BLOCK).filter(|block| !is_zero(block));
+        sum += data.map(|block| block.len() as u64).sum::<u64>();
+        Ok(())
+    })?;
+    Ok(sum)
+}
+
+/// Calls `each` with offset and bytes of every 64 KiB of a file that are not all zero. Blocks.
+pub(super) fn for_each_piece(
+    path: &Path,
+    mut each: impl FnMut(u64, &[u8]) -> io::Result<()>,
+) -> io::Result<()> {
     let file = File::open(path)?;
     let size = file.metadata()?.len();
-    let mut bytes = Vec::new();
-    let mut sum = 0;
-    for at in (0..size).step_by(usize::try_from(STEP).unwrap_or(usize::MAX)) {
-        read_at(&file, at, STEP.min(size - at), &mut bytes)?;
-        let data = bytes.chunks(BLOCK).filter(|block| !is_zero(block));
-        sum += data.map(|block| block.len() as u64).sum::<u64>();
+    let mut piece = Vec::new();
+    for at in (0..size).step_by(RUN) {
+        read_at(&file, at, (RUN as u64).min(size - at), &mut piece)?;
+        if !is_zero(&piece) {
+            each(at, &piece)?;
+        }
     }
-    Ok(sum)
+    Ok(())
 }
 
 /// Share of the non-zero blocks of `image` that stand anywhere in `library`, by their fingerprints. Blocks.
@@ -169,19 +183,16 @@ pub(super) fn present_share(library: &Path, image: &Path) -> io::Result<f64> {
 
 /// Sixteen bytes of the fingerprint of each non-zero block: enough to count by.
 fn prints(path: &Path) -> io::Result<Vec<[u8; 16]>> {
-    let file = File::open(path)?;
-    let size = file.metadata()?.len();
-    let mut bytes = Vec::new();
     let mut prints = Vec::new();
-    for at in (0..size).step_by(usize::try_from(STEP).unwrap_or(usize::MAX)) {
-        read_at(&file, at, STEP.min(size - at), &mut bytes)?;
-        for block in bytes.chunks(BLOCK).filter(|block| !is_zero(block)) {
+    for_each_piece(path, |_, piece| {
+        for block in piece.chunks(BLOCK).filter(|block| !is_zero(block)) {
             let print = flimcd_content::Fingerprint::of(block);
             let mut head = [0; 16];
             head.copy_from_slice(&print.as_bytes()[..16]);
             prints.push(head);
         }
-    }
+        Ok(())
+    })?;
     Ok(prints)
 }
 

@@ -6,7 +6,9 @@ use std::{
 };
 
 use anyhow::Context as _;
-use flimcd_agent::api::{ImportVolume, MigrateRequest, MigrationStatus, OwnershipState, Phase};
+use flimcd_agent::api::{
+    CreateVolume, ImportVolume, MigrateRequest, MigrationStatus, OwnershipState, Phase,
+};
 use flimcd_core::VolumeName;
 use flimcd_lab::{
     changes::Changes,
@@ -176,7 +178,33 @@ impl Stage {
         let export = export.map_err(|error| site.explain(error))?;
         blocking(move || {
             let mut disk = guest::connect(&export)?;
-            write_all(&mut *disk, &changes).context("the volume cannot be written")
+            let written = write_all(&mut *disk, |write| changes.for_each(write));
+            written.context("the volume cannot be written")
+        })
+        .await
+    }
+
+    /// A new volume with the bytes of a file, whatever they mean: what is imported has to be raw.
+    pub(super) async fn create_with(
+        &self,
+        site: &Site,
+        name: &VolumeName,
+        file: &Path,
+    ) -> anyhow::Result<()> {
+        let request = CreateVolume {
+            name: name.clone(),
+            size_bytes: std::fs::metadata(file)?.len(),
+            tenant: None,
+        };
+        let created = site.client.create_volume(&request).await;
+        created.map_err(|error| site.explain(error))?;
+        let export = site.client.export(name).await;
+        let export = export.map_err(|error| site.explain(error))?;
+        let file = file.to_owned();
+        blocking(move || {
+            let mut disk = guest::connect(&export)?;
+            let written = write_all(&mut *disk, |write| images::for_each_piece(&file, write));
+            written.context("the volume cannot be written")
         })
         .await
     }
@@ -209,6 +237,8 @@ impl Stage {
             row.details = json!({});
         }
         row.details["library_image"] = json!(moved.status.library_image);
+        // Without the packets' headers and acknowledgements.
+        row.details["bytes_on_sockets"] = json!(moved.status.bytes_on_link);
         row.details["downtime_ms"] = json!(moved.status.downtime_ms);
         Ok(row)
     }
@@ -240,9 +270,14 @@ fn unix_ms() -> u64 {
     u64::try_from(since.unwrap_or_default().as_millis()).unwrap_or(u64::MAX)
 }
 
-fn write_all(disk: &mut dyn GuestDisk, changes: &Changes) -> std::io::Result<()> {
-    let mut in_flight = 0;
-    let mut spare = Vec::new();
+/// Writes a piece of content at an offset.
+type Write<'a> = &'a mut dyn FnMut(u64, &[u8]) -> std::io::Result<()>;
+
+/// Writes what `each` has, several pieces at a time, and flushes.
+fn write_all(
+    disk: &mut dyn GuestDisk,
+    each: impl FnOnce(Write<'_>) -> std::io::Result<()>,
+) -> std::io::Result<()> {
     let receive = |disk: &mut dyn GuestDisk, in_flight: &mut usize| -> std::io::Result<Vec<u8>> {
         loop {
             if let Some(reply) = disk.receive(Duration::from_secs(1))? {
@@ -252,8 +287,8 @@ fn write_all(disk: &mut dyn GuestDisk, changes: &Changes) -> std::io::Result<()>
             }
         }
     };
-    let mut id = 0;
-    changes.for_each(|offset, bytes| {
+    let (mut id, mut in_flight) = (0, 0);
+    each(&mut |offset, bytes| {
         let mut data = if in_flight < WRITES_IN_FLIGHT {
             Vec::new()
         } else {
@@ -272,15 +307,15 @@ fn write_all(disk: &mut dyn GuestDisk, changes: &Changes) -> std::io::Result<()>
         })
     })?;
     while in_flight > 0 {
-        spare = receive(disk, &mut in_flight)?;
+        receive(disk, &mut in_flight)?;
     }
     in_flight = 1;
     disk.submit(DiskRequest {
-        id: 0,
+        id: id + 1,
         op: DiskOp::Flush,
         offset: 0,
         length: 0,
-        data: spare,
+        data: Vec::new(),
     })?;
     receive(disk, &mut in_flight).map(drop)
 }

@@ -103,13 +103,24 @@ pub(super) async fn against_library(
     image: &Path,
 ) -> anyhow::Result<Row> {
     let world = &stage.world;
+    let name: VolumeName = "volume".parse()?;
+    stage.import(&world.source, &name, image).await?;
+    volume_against_library(stage, row, base, (&name, image)).await
+}
+
+/// The same with a volume that is there already, in the file `image`.
+pub(super) async fn volume_against_library(
+    stage: &Stage,
+    row: Row,
+    base: &Path,
+    (name, image): (&VolumeName, &Path),
+) -> anyhow::Result<Row> {
+    let world = &stage.world;
     world.target.add_to_library(base).await?;
     let (before, now) = (base.to_owned(), image.to_owned());
     let changed = blocking(move || Ok(images::changed(&before, &now)?)).await?;
-    let name: VolumeName = "volume".parse()?;
-    stage.import(&world.source, &name, image).await?;
-    let moved = stage.migrate((&world.source, &world.target), &name).await?;
-    let arrived = stage.image_at(&world.target, &name).await?;
+    let moved = stage.migrate((&world.source, &world.target), name).await?;
+    let arrived = stage.image_at(&world.target, name).await?;
     stage
         .row(row, &moved, changed, (image.to_owned(), arrived))
         .await
