@@ -103,8 +103,10 @@ impl Agent {
         let agent = self.clone();
         let reconciled = blocking(move || {
             let all = agent.hosting.all();
-            let records = all.iter().filter_map(|hosted| hosted.volume().record());
-            let records: Vec<VolumeRecord> = records.map(|record| record.clone()).collect();
+            let records: Vec<VolumeRecord> = all
+                .iter()
+                .filter_map(|hosted| hosted.volume().record())
+                .collect();
             agent.library.reconcile(&records);
             Ok(())
         });

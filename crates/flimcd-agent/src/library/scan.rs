@@ -21,7 +21,7 @@ use crate::{
     migration::progress::unix_ms,
 };
 
-/// Volumes in use are read slowly: after a step of it takes some time, the disk is left alone for this many times as long.
+/// Volumes and replicas are read slowly: after a step of that the disk is left alone for so many times as long as it took.
 const REST: u32 = 3;
 /// Not longer, so that a stop is noticed.
 const REST_MAX: Duration = Duration::from_millis(200);

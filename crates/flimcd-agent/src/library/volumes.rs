@@ -24,19 +24,9 @@ impl Library {
         self.take_volume(volume, LibraryKind::Replica);
     }
 
-    /// A replica was dropped. Blocks.
-    pub(crate) fn replica_gone(&self, name: &VolumeName) {
-        self.drop_volume(name);
-    }
-
     /// A volume is owned here. Blocks.
     pub(crate) fn volume_made(&self, volume: &VolumeRecord) {
         self.take_volume(volume, LibraryKind::Volume);
-    }
-
-    /// A volume was removed. Blocks.
-    pub(crate) fn volume_gone(&self, name: &VolumeName) {
-        self.drop_volume(name);
     }
 
     /// Takes in what is new of the agent's volumes, and gives up what is gone. Blocks.
@@ -56,11 +46,12 @@ impl Library {
             known.filter(is_gone).map(|key| key.name.clone()).collect()
         };
         for name in gone {
-            self.drop_volume(&name);
+            self.volume_gone(&name);
         }
     }
 
-    fn drop_volume(&self, name: &VolumeName) {
+    /// A volume was removed, or its replica dropped. Blocks.
+    pub(crate) fn volume_gone(&self, name: &VolumeName) {
         let key = Key::volume(name);
         if let Err(error) = self.drop_entry(&key) {
             tracing::warn!("what the library has of {key} cannot be removed: {error}");

@@ -98,7 +98,7 @@ fn a_replica_is_compared_with_in_place_until_it_is_touched() {
     at.library.replica_made(&record(&replica));
     at.read_all();
     assert!(choose(&at, &replica, Base::Unknown, &[]).is_some());
-    at.library.replica_gone(&name);
+    at.library.volume_gone(&name);
     assert!(at.library.list().is_empty());
 }
 
