@@ -45,7 +45,7 @@ const REST: u32 = 3;
 /// One piece in so many is packed as if the target had nothing.
 const PACKED_WHOLE: u64 = 8;
 /// What is sent can be found again at the target only when it has arrived: so many blocks later.
-const RECENT_AFTER: usize = 512;
+const RECENT_AFTER: u64 = 512;
 /// Beside its frame a message costs so many bytes: TLS and acknowledgements.
 const MESSAGE_OVERHEAD: u64 = 48;
 /// How long the guest is watched if nothing else is said.
@@ -415,10 +415,12 @@ impl Compare {
                 self.late.push_back((prefix, block));
             }
         }
-        while self.late.len() > RECENT_AFTER {
-            if let Some((prefix, block)) = self.late.pop_front() {
-                self.recent.insert(prefix, block);
-            }
+        let here = looked.examined.range().start;
+        while let Some((prefix, block)) = self
+            .late
+            .pop_front_if(|(_, block)| block.0 + RECENT_AFTER <= here)
+        {
+            self.recent.insert(prefix, block);
         }
         Probed {
             seq: probed.seq,

@@ -78,11 +78,14 @@ fn chunks(content: &mut [u8], range: std::ops::Range<usize>) -> &mut [u8] {
 /// A volume at the source with content of all kinds, and images of the library at the target that have some of it.
 async fn all_kinds(world: &World) -> Vec<u8> {
     let mut disk = content(1536 * CHUNK, 5);
-    random(chunks(&mut disk, 100..164), 6);
-    random(chunks(&mut disk, 640..832), 7);
+    random(chunks(&mut disk, 100..164), 61);
+    for byte in chunks(&mut disk, 100..132) {
+        *byte = b'a' + (*byte & 15);
+    }
+    random(chunks(&mut disk, 640..832), 71);
     let again = chunks(&mut disk, 640..704).to_vec();
     chunks(&mut disk, 1408..1472).copy_from_slice(&again);
-    random(chunks(&mut disk, 1472..1536), 8);
+    random(chunks(&mut disk, 1472..1536), 81);
     for half in chunks(&mut disk, 1472..1536)
         .chunks_mut(CHUNK / 2)
         .step_by(2)
@@ -154,8 +157,7 @@ async fn what_was_planned_is_what_happens() {
     assert_eq!(plan.library_image.as_deref(), Some("base"));
     assert_eq!(plan.bytes_read, plan.bytes_to_move);
     assert!(
-        kinds(&plan.content).iter().all(|&blocks| blocks > 0)
-            || plan.content.compressed_blocks == 0,
+        kinds(&plan.content).iter().all(|&blocks| blocks > 0),
         "{plan:?}"
     );
     assert!(target.volumes().await.unwrap().is_empty());
