@@ -50,18 +50,14 @@ fn check_measured(row: &Value) {
     assert!(row["seconds"].as_f64() > Some(0.0), "{row:#}");
     assert!(row["bytes_on_link"].as_u64() > Some(1 << 12), "{row:#}");
     assert!(row["bound_bytes"].as_u64() > Some(1 << 12), "{row:#}");
-    let gathered = row["gathered_bound_bytes"].as_u64();
-    assert!(gathered <= row["bound_bytes"].as_u64(), "{row:#}");
+    assert!(row["gathered_bound_bytes"].is_u64(), "{row:#}");
 }
 
 #[test]
 fn figures_have_their_shape_and_images_are_right() {
     let dir = tempfile::tempdir().unwrap();
     let cases = "replica-5,debootstrap,mail,back";
-    let said: Said = bench(dir.path(), FAST, cases, &["--only", "library"])
-        .output()
-        .unwrap()
-        .into();
+    let said: Said = bench(dir.path(), FAST, cases, &[]).output().unwrap().into();
     let out = said.ok();
     assert!(
         out.contains("× BOUND") && out.contains("TCP relay"),
@@ -75,12 +71,18 @@ fn figures_have_their_shape_and_images_are_right() {
         |case: &str| -> Vec<&Value> { rows.iter().filter(|row| row["case"] == case).collect() };
     let blocks = SIZE.div_ceil(4096);
     let replicas = of("replica-5");
-    assert_eq!(replicas.len(), 2, "{rows:#?}");
+    assert_eq!(replicas.len(), 6, "{rows:#?}");
     for row in replicas {
         check_measured(row);
+        let variant = row["variant"].as_str().unwrap();
+        // One more block than asked for was written to a replica behind the agent's back.
+        let touched = u64::from(variant.starts_with("touched"));
         let changed = row["changed"]["blocks"].as_u64().unwrap();
-        assert_eq!(changed, (blocks + 10) / 20, "{row:#}");
-        assert!(row["content"]["same_blocks"].as_u64() > Some(0), "{row:#}");
+        let wanted = (blocks + 10) / 20;
+        assert!((wanted..=wanted + touched).contains(&changed), "{row:#}");
+        // What stayed and was not touched needs no comparing: only what was written travels.
+        let same = row["content"]["same_blocks"].as_u64().unwrap();
+        assert_eq!(same == 0, variant.starts_with("replica"), "{row:#}");
         assert!(row["not_sent_share"].as_f64() > Some(0.1), "{row:#}");
         assert!(row["is_within_bound"].is_boolean(), "{row:#}");
     }
