@@ -5,7 +5,7 @@
 //! | a migration that runs here | its driver's (it never comes here) |
 //! | one that completed here | `Accept` with `Complete` |
 //! | one that ended early here | `Failed`; if the source has offered ownership, `Accept` first, so that it can ask for a refusal |
-//! | an unknown one, the source owns the volumes | checks, then new volumes, all or none; or `Failed` and nothing changed |
+//! | an unknown one, the source owns the volumes | checks, then new volumes or copies that stand here, all or none; or `Failed` and nothing changed |
 //! | an unknown one, ownership was offered | it is recorded as ended for good, then as above |
 //!
 //! # Room
@@ -103,9 +103,10 @@ impl Agent {
             }
             return;
         }
-        let record = arriving_record(id, &open, link.peer().clone());
+        let mut record = arriving_record(id, &open, link.peer().clone());
         match self.take_in(link, &record, &open).await {
-            Ok((volumes, begin)) => {
+            Ok((volumes, begin, bases)) => {
+                record.bases = bases;
                 tracing::info!(
                     migration = %id, volumes = %record.names(), from = %record.peer,
                     "volumes are arriving"
@@ -143,7 +144,7 @@ impl Agent {
         link: &Arc<PeerLink>,
         record: &MigrationRecord,
         open: &Open,
-    ) -> Result<(Arc<VolumeSet>, Begin), WireError> {
+    ) -> Result<(Arc<VolumeSet>, Begin, Vec<Base>), WireError> {
         self.check_allowed(link.peer(), open)?;
         if open.stage != SourceStage::Owner {
             let text = format!(
@@ -155,11 +156,12 @@ impl Agent {
         self.supersede(link.peer(), open).await?;
         let begin = self.begin(record).map_err(|error| to_wire(&error))?;
         let agent = self.clone();
-        let (to_save, id, open) = (record.clone(), record.id, open.clone());
+        let (mut to_save, id, open) = (record.clone(), record.id, open.clone());
         let made = tokio::task::spawn_blocking(move || {
             let sizes = open.volumes.iter().map(|offer| offer.size);
             VolumeLayout::new(sizes).map_err(|error| too_large(&error))?;
-            agent.hosting.check_arrival(&open, &agent.config)?;
+            let bases = agent.hosting.check_arrival(&open, &agent.config)?;
+            to_save.bases.clone_from(&bases);
             agent.store.save(&to_save).map_err(|error| {
                 let text = format!("recording the migration at the target failed: {error}");
                 WireError::new(ErrorCode::DISK, text)
@@ -173,7 +175,7 @@ impl Agent {
                 // Nothing is left of it but a line in the log.
                 let _ = agent.store.remove(id);
             }
-            arrived
+            Ok((arrived?, bases))
         });
         let made = made.await.unwrap_or_else(|panic| {
             Err(WireError::new(
@@ -182,7 +184,7 @@ impl Agent {
             ))
         });
         match made {
-            Ok(volumes) => Ok((volumes, begin)),
+            Ok((volumes, bases)) => Ok((volumes, begin, bases)),
             Err(error) => {
                 self.registry.forget(record.id);
                 Err(error)
@@ -190,7 +192,7 @@ impl Agent {
         }
     }
 
-    fn check_allowed(&self, peer: &SiteName, open: &Open) -> Result<(), WireError> {
+    pub(crate) fn check_allowed(&self, peer: &SiteName, open: &Open) -> Result<(), WireError> {
         let config = self.config.peer(peer);
         let refused = open
             .volumes
@@ -295,7 +297,10 @@ pub(crate) fn target_config(record: &MigrationRecord, volumes: &VolumeSet) -> Ta
         size: volumes.layout().size(),
         waits_for_vm: record.session.is_some(),
         incarnation: rand::random(),
-        bases: vec![Base::Zeroes; record.volumes.len()],
+        bases: (record.bases.iter().copied())
+            .chain(std::iter::repeat(Base::Zeroes))
+            .take(record.volumes.len())
+            .collect(),
     }
 }
 

@@ -144,6 +144,8 @@ pub struct Limits {
     /// Whether volumes may arrive that would not fit if they were not sparse.
     #[serde(default)]
     pub overcommit: bool,
+    /// Room that copies of volumes that have moved away may take together; without it they stay until they are dropped.
+    pub replicas: Option<ByteCount>,
     /// Room that arriving volumes leave free; see [`Limits::reserve_bytes`].
     reserve: Option<ByteCount>,
 }

@@ -29,6 +29,7 @@ mod migration;
 mod ops;
 mod records;
 mod registry;
+mod replicas;
 mod resume;
 mod tasks;
 mod vm;

@@ -1,6 +1,6 @@
 //! What the API can ask of an agent.
 
-use flimcd_core::{Epoch, MigrationId, VolumeName, VolumeSize, limits};
+use flimcd_core::{Epoch, MigrationId, SiteName, VolumeName, VolumeSize, limits};
 use std::{collections::BTreeSet, sync::Arc};
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -59,6 +59,7 @@ impl Agent {
         })
         .await?;
         tracing::info!(volume = %hosted.name(), size = size.bytes(), "volume created");
+        self.note_in_library(hosted.name()).await;
         Ok(self.describe(&hosted))
     }
 
@@ -80,18 +81,20 @@ impl Agent {
         })
         .await?;
         tracing::info!(volume = %hosted.name(), "volume imported");
+        self.note_in_library(hosted.name()).await;
         Ok(self.describe(&hosted))
     }
 
-    /// Gives a volume up.
+    /// Gives a volume up; with `only_replica`, only a copy that stayed when it moved away.
     pub(crate) async fn remove_volume(
         self: &Arc<Self>,
         name: &VolumeName,
         delete_image: bool,
+        only_replica: bool,
     ) -> Result<RemovedVolume, ErrorBody> {
         let (agent, name) = (self.clone(), name.clone());
         let removed = blocking(move || {
-            agent.hosting.remove(&name, delete_image, || {
+            agent.hosting.remove(&name, delete_image, only_replica, || {
                 agent.check_not_of_vm(&name)?;
                 match agent.registry.running_on(&name) {
                     Some((id, _)) => Err(busy(&name, id)),
@@ -100,6 +103,11 @@ impl Agent {
             })
         })
         .await?;
+        let (library, gone) = (self.library.clone(), removed.name.clone());
+        let told = tokio::task::spawn_blocking(move || library.volume_gone(&gone));
+        if let Err(panic) = told.await {
+            tracing::error!(volume = %removed.name, "the library was not told that it is gone: {panic}");
+        }
         tracing::info!(
             volume = %removed.name, image = %removed.image.display(),
             image_deleted = removed.image_deleted, "volume removed"
@@ -120,7 +128,7 @@ impl Agent {
         request: MigrateRequest,
         session: Option<MigrationId>,
     ) -> Result<MigrationStatus, ErrorBody> {
-        let (volumes, epoch) = self.volumes_to_migrate(&names, &request)?;
+        let (volumes, epoch) = self.volumes_to_migrate(&names, &request.to)?;
         let id = MigrationId(rand::random());
         let all = volumes.all().iter();
         let bytes = all.map(|volume| volume.size().bytes()).sum();
@@ -161,10 +169,10 @@ impl Agent {
     }
 
     /// The volumes of a migration that may begin, and the highest of their epochs.
-    fn volumes_to_migrate(
+    pub(crate) fn volumes_to_migrate(
         &self,
         names: &[VolumeName],
-        request: &MigrateRequest,
+        to: &SiteName,
     ) -> Result<(Arc<VolumeSet>, Epoch), ErrorBody> {
         let bad = |message: String, hint: &str| Err(refuse(ApiCode::BadRequest, message, hint));
         if names.is_empty() {
@@ -185,7 +193,7 @@ impl Agent {
         let mut epoch = Epoch::FIRST;
         for name in names {
             let hosted = self.hosting.get(name)?;
-            self.check_peer(name, request)?;
+            self.check_peer(name, to)?;
             epoch = epoch.max(hosted.epoch_to_migrate()?);
             volumes.push(hosted.volume().clone());
         }
@@ -226,8 +234,7 @@ impl Agent {
         })
     }
 
-    fn check_peer(&self, name: &VolumeName, request: &MigrateRequest) -> Result<(), ErrorBody> {
-        let to = &request.to;
+    fn check_peer(&self, name: &VolumeName, to: &SiteName) -> Result<(), ErrorBody> {
         if *to == self.config.site {
             let message = format!("{name} is at site {to} already: it is this agent's own");
             return Err(refuse(ApiCode::BadRequest, message, "name another site"));
@@ -385,7 +392,7 @@ pub(crate) async fn blocking<T: Send + 'static>(
 pub(crate) fn not_owner(
     name: &VolumeName,
     state: OwnershipState,
-    peer: Option<&flimcd_core::SiteName>,
+    peer: Option<&SiteName>,
 ) -> ErrorBody {
     let peer = peer.map_or_else(|| "another site".to_owned(), |peer| format!("site {peer}"));
     let (message, hint) = match state {

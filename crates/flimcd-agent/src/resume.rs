@@ -32,6 +32,7 @@ impl Agent {
         for hosted in self.hosting.all() {
             if self.registry.running_on(hosted.name()).is_none() {
                 self.tidy_up(&hosted).await;
+                self.note_in_library(hosted.name()).await;
             }
         }
     }
@@ -47,6 +48,8 @@ impl Agent {
         let forgotten = tokio::task::spawn_blocking(move || {
             for volume in moved {
                 match agent.hosting.by_id(volume.id) {
+                    // A copy that it was about to be written over.
+                    Some(hosted) if hosted.record().is_replica() => {}
                     Some(_) => agent.hosting.discard(&volume.name)?,
                     None => agent.hosting.remove_unborn(&volume.name)?,
                 }
@@ -64,6 +67,8 @@ impl Agent {
         let ownership = hosted.record().ownership;
         let migration = ownership.migration().and_then(|id| self.registry.ended(id));
         match hosted.state() {
+            // Where there is a copy elsewhere, what it lacks is kept.
+            OwnershipState::Owner if hosted.record().baseline.is_some() => {}
             OwnershipState::Owner => {
                 if let Err(error) = hosted.volume().stop_tracking() {
                     tracing::warn!(
@@ -75,7 +80,12 @@ impl Agent {
                 self.discard(hosted.name().clone()).await;
             }
             OwnershipState::Released
-                if matches!(ownership, Ownership::Released { complete: true, .. }) => {}
+                if matches!(ownership, Ownership::Released { complete: true, .. }) =>
+            {
+                if let Some(record) = migration {
+                    self.after_migration(&record).await;
+                }
+            }
             state => tracing::error!(
                 volume = %hosted.name(), %state,
                 "no migration is known that the volume is in; it waits. Put the file of the migration back into                  the state directory, or remove the volume if the other site has it whole"
@@ -168,11 +178,15 @@ impl Agent {
         let found: Vec<_> = moved
             .filter_map(|volume| self.hosting.by_id(volume.id))
             .collect();
-        if found.len() < record.volumes.len() {
+        // A copy that this arrival was to be written over, and did not get to.
+        let is_untouched = |hosted: &Arc<Hosted>| {
+            record.role == Role::Target && hosted.record().is_replica()
+        };
+        if found.len() < record.volumes.len() || found.iter().any(is_untouched) {
             // Only what no guest has seen may be thrown away.
-            let are_empty = found
-                .iter()
-                .all(|hosted| hosted.state() == OwnershipState::Incoming);
+            let are_empty = found.iter().all(|hosted| {
+                hosted.state() == OwnershipState::Incoming || is_untouched(hosted)
+            });
             return Err(if record.role == Role::Target && are_empty {
                 Unusable::NotBorn
             } else {

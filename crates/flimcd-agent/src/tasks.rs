@@ -1,8 +1,8 @@
 //! The tasks around drivers: how a migration begins, goes on after a restart, and ends.
 
-use flimcd_core::BlockSet;
+use flimcd_core::{BlockSet, MigrationId};
 use flimcd_migrate::{SourceConfig, SourceMachine, SourceStart, policy::Policy};
-use flimcd_wire::{Message, SourceStage, VolumeOffer};
+use flimcd_wire::{Message, VolumeOffer};
 use std::{io, sync::Arc};
 use tokio::sync::{mpsc, watch};
 
@@ -61,7 +61,7 @@ async fn run_source(
         let (volumes, record) = (volumes.clone(), record.clone());
         let asks = policy.uses_library();
         let prepare = move || {
-            let (mut start, data) = prepare(&volumes, &record, is_fresh)?;
+            let (mut start, data, bases) = prepare(&volumes, &record, is_fresh)?;
             if let (SourceStart::Fresh { data, .. }, true) = (&mut start, asks) {
                 *data = volumes.whole_chunks(data);
             }
@@ -70,14 +70,13 @@ async fn run_source(
             } else {
                 Vec::new()
             };
-            Ok((start, sample))
+            Ok((start, sample, bases))
         };
         tokio::task::spawn_blocking(prepare).await
     };
-    let (start, sample) = match prepared.unwrap_or_else(|panic| Err(io::Error::other(panic))) {
+    let (start, sample, bases) = match prepared.unwrap_or_else(|panic| Err(io::Error::other(panic))) {
         Ok(prepared) => prepared,
         Err(error) if is_fresh => {
-            stop_tracking(&volumes);
             let why = format!("finding the data of the volume failed: {error}");
             return fail(&agent, record, begin.hook.as_ref(), why).await;
         }
@@ -91,7 +90,7 @@ async fn run_source(
     link.handle().set_ceiling(ceiling.or(configured));
     let config = SourceConfig {
         migration: record.id,
-        volumes: offers(&volumes, &record),
+        volumes: offers(&volumes, &record, &bases),
         session: record.session,
         size: volumes.layout().size(),
         epoch: record.epoch,
@@ -109,7 +108,6 @@ async fn run_source(
     let ended = match SourceDriver::new(setup, make) {
         Ok(driver) => driver.run().await,
         Err(error) => {
-            stop_tracking(&volumes);
             tracing::error!(migration = %id, "the migration's threads cannot be started: {error}");
             (
                 ended_early(record, format!("threads cannot be started: {error}")),
@@ -123,17 +121,22 @@ async fn run_source(
 }
 
 /// What the target is told of the volumes.
-fn offers(volumes: &VolumeSet, record: &MigrationRecord) -> Vec<VolumeOffer> {
-    let offer = |(volume, moved): (&Arc<flimcd_volume::Volume>, _)| {
+fn offers(
+    volumes: &VolumeSet,
+    record: &MigrationRecord,
+    bases: &[Option<MigrationId>],
+) -> Vec<VolumeOffer> {
+    let bases = bases.iter().copied().chain(std::iter::repeat(None));
+    let moved = record.volumes.iter().cloned().zip(bases);
+    let offer = |(volume, (moved, base)): (&Arc<flimcd_volume::Volume>, _)| {
         let crate::migration::store::MovedVolume { id, name } = moved;
         VolumeOffer {
             id,
             name,
             size: volume.size(),
-            base: None,
+            base,
         }
     };
-    let moved = record.volumes.iter().cloned();
     volumes.all().iter().zip(moved).map(offer).collect()
 }
 
@@ -189,35 +192,26 @@ fn prepare(
     volumes: &VolumeSet,
     record: &MigrationRecord,
     is_fresh: bool,
-) -> io::Result<(SourceStart, BlockSet)> {
+) -> io::Result<(SourceStart, BlockSet, Vec<Option<MigrationId>>)> {
     if is_fresh {
-        let data = volumes.start_tracking_fresh()?;
-        return Ok((
-            SourceStart::Fresh {
-                data: data.clone(),
-                changed: None,
-            },
-            data,
-        ));
+        let begun = volumes.begin_migration(&record.peer, record.id)?;
+        let start = SourceStart::Fresh {
+            data: begun.data.clone(),
+            changed: begun.changed,
+        };
+        return Ok((start, begun.data, begun.bases));
     }
     let offered = record.epoch.next();
     let stage = settle::source_stage(record.id, offered, &volumes.ownerships());
     let stage = stage.ok_or_else(|| io::Error::other(CONTRADICTION))?;
-    let unacked = volumes.unacked(stage == SourceStage::Owner)?;
+    let unacked = volumes.resume_migration(&record.peer, record.id)?;
     let data = unacked.clone();
-    Ok((SourceStart::Resume { stage, unacked }, data))
+    Ok((SourceStart::Resume { stage, unacked }, data, Vec::new()))
 }
 
 /// Volumes of one migration whose records cannot have been written by it.
 pub(crate) const CONTRADICTION: &str =
     "the records of its volumes contradict each other; was one of them put back from a copy?";
-
-/// Drops the dirty marks of volumes whose migration does not go on.
-pub(crate) fn stop_tracking(volumes: &VolumeSet) {
-    if let Err(error) = volumes.stop_tracking() {
-        tracing::warn!("forgetting what a target lacks failed: {error}");
-    }
-}
 
 fn policy_of(record: &MigrationRecord) -> Option<Box<dyn Policy>> {
     let request = record.request.as_ref()?;
@@ -240,10 +234,15 @@ pub(crate) async fn finish(
     if let Some(hook) = hook {
         hook.tell_end(&record);
     }
-    forget_surplus(agent, agent.registry.end(record)).await;
+    let surplus = agent.registry.end(record.clone());
+    agent.after_migration(&record).await;
+    for moved in &record.volumes {
+        agent.note_in_library(&moved.name).await;
+    }
+    forget_surplus(agent, surplus).await;
 }
 
-async fn forget_surplus(agent: &Arc<Agent>, surplus: Vec<flimcd_core::MigrationId>) {
+async fn forget_surplus(agent: &Arc<Agent>, surplus: Vec<MigrationId>) {
     let store = agent.store.clone();
     let removed = tokio::task::spawn_blocking(move || {
         surplus.into_iter().try_for_each(|id| store.remove(id))

@@ -18,4 +18,6 @@ mod volume;
 
 pub use port::{GuestError, GuestPort, GuestReply, GuestRequest, RequestKind};
 pub use state::{Ownership, StateError, VolumeRecord, VolumesDir};
-pub use volume::{Applied, ApplyData, NewVolume, Sending, Volume, VolumeError, VolumeObserver};
+pub use volume::{
+    Applied, ApplyData, Begun, NewVolume, Sending, Standing, Volume, VolumeError, VolumeObserver,
+};

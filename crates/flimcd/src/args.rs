@@ -50,6 +50,8 @@ pub(crate) enum Command {
     Vm(VmArgs),
     /// Images at this site that need not cross the link when volumes arrive
     Library(LibraryArgs),
+    /// Copies that stayed here of volumes that have moved away
+    Replica(ReplicaArgs),
     /// Print the socket that a guest finds a volume at
     Export(ExportArgs),
     /// Move a volume to another site
@@ -227,9 +229,44 @@ pub(crate) struct LibraryArgs {
     pub(crate) command: LibraryCommand,
 }
 
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  flimcd replica list
+  flimcd replica drop vm-1
+
+A volume that moves away leaves its image here, unless `flimcd migrate --keep-replica false` said otherwise. When it comes back, \
+what has changed since is all that is sent. limits.replicas in the agent's configuration bounds the room they take.")]
+pub(crate) struct ReplicaArgs {
+    #[command(subcommand)]
+    pub(crate) command: ReplicaCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ReplicaCommand {
+    /// Show all copies
+    List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        api: ApiArgs,
+    },
+    /// Drop a copy and delete its image; an image that was imported stays
+    Drop {
+        /// Name of the volume
+        name: VolumeName,
+        /// Leave the image file
+        #[arg(long)]
+        keep_image: bool,
+        #[command(flatten)]
+        api: ApiArgs,
+    },
+}
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum LibraryCommand {
-    /// Take a raw image into the library; it is read once
+    /// Take a raw or qcow2 image into the library; it is read once
     #[command(after_help = "\
 Examples:
   flimcd library add /var/lib/images/debian12.raw
@@ -237,9 +274,10 @@ Examples:
   flimcd library add base.raw --public --copy
 
 The file stays where it is, and must not be written any more; --copy makes a copy that is the library's own. \
-Ctrl-C leaves the agent reading. A qcow2 image has to be made a raw one first: qemu-img convert -O raw.")]
+Ctrl-C leaves the agent reading. Of a qcow2 image the files of its whole backing chain are taken in; where they are compressed, \
+or with --copy, a raw copy is made. The agent needs qemu-img for that.")]
     Add {
-        /// The raw image
+        /// The image
         image: PathBuf,
         /// Name to give it; the file's if left out
         #[arg(long)]
@@ -262,7 +300,7 @@ Ctrl-C leaves the agent reading. A qcow2 image has to be made a raw one first: q
         #[command(flatten)]
         api: ApiArgs,
     },
-    /// List all images
+    /// List all images, replicas and volumes
     #[command(after_help = "Examples:\n  flimcd library list\n  flimcd library list --json")]
     List {
         /// Print JSON
@@ -356,6 +394,9 @@ pub(crate) struct MigrateArgs {
     /// Do not send what an image of the target's library has at the same place; the strategy's own way if left out
     #[arg(long, value_name = "BOOL")]
     pub(crate) library: Option<bool>,
+    /// Keep the copy that is here when the volume has moved, so that a way back costs what changed; kept if left out
+    #[arg(long, value_name = "BOOL")]
+    pub(crate) keep_replica: Option<bool>,
     /// Stay, show progress, and end with the migration's outcome
     #[arg(long)]
     pub(crate) wait: bool,

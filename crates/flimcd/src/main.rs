@@ -42,6 +42,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Agent(args) => commands::agent::run(&args),
         Command::Volume(args) => commands::block_on(commands::volume::run(&args)),
         Command::Vm(args) => commands::block_on(commands::vm::run(&args)),
+        Command::Replica(args) => commands::block_on(commands::replica::run(&args)),
         Command::Library(args) => commands::block_on(commands::library::run(&args)),
         Command::Export(args) => commands::block_on(commands::volume::export(&args)),
         Command::Migrate(args) => commands::block_on(commands::migrate::run(&args)),

@@ -162,6 +162,19 @@ impl Client {
         self.call(Method::DELETE, &path, Bytes::new()).await
     }
 
+    /// Drops the copy that stayed here of a volume that has moved away.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn drop_replica(
+        &self,
+        name: &VolumeName,
+        keep_image: bool,
+    ) -> Result<RemovedVolume, ClientError> {
+        let path = format!("/v1/replicas/{name}?keep_image={keep_image}");
+        self.call(Method::DELETE, &path, Bytes::new()).await
+    }
+
     /// Where a guest finds the volume.
     ///
     /// # Errors

@@ -19,7 +19,7 @@ use utoipa::OpenApi;
 use super::{
     types::{
         AddLibraryImage, ApiCode, CreateVolume, ErrorBody, ExportInfo, ImportVolume, LibraryImage,
-        MigrateRequest, MigrateTogether, MigrationStatus, RemoveQuery, RemovedVolume, Status,
+        MigrateRequest, MigrateTogether, MigrationStatus, RemoveQuery, RemovedVolume, Status, DropQuery,
         VolumeInfo,
     },
     vm_server,
@@ -70,7 +70,7 @@ pub fn openapi_json() -> String {
         create_volume,
         import_volume,
         volume,
-        remove_volume,
+        remove_volume, drop_replica,
         export,
         migrate,
         switchover,
@@ -102,6 +102,7 @@ pub(crate) fn router(agent: Arc<Agent>) -> Router {
         .route("/v1/volumes", get(volumes).post(create_volume))
         .route("/v1/volumes/import", post(import_volume))
         .route("/v1/volumes/{name}", get(volume).delete(remove_volume))
+        .route("/v1/replicas/{name}", axum::routing::delete(drop_replica))
         .route("/v1/volumes/{name}/export", post(export))
         .route("/v1/volumes/{name}/migrate", post(migrate))
         .route("/v1/volumes/{name}/switchover", post(switchover))
@@ -216,7 +217,26 @@ async fn remove_volume(
 ) -> Answer<RemovedVolume> {
     let Query(query) = query.map_err(|error| bad_request(error.to_string()))?;
     let name: VolumeName = parse(&name)?;
-    answer(agent.remove_volume(&name, query.delete_image).await)
+    answer(agent.remove_volume(&name, query.delete_image, false).await)
+}
+
+/// Drops the copy that stayed here of a volume that has moved away.
+#[utoipa::path(
+    delete, path = "/v1/replicas/{name}",
+    params(("name" = String, Path), DropQuery),
+    responses(
+        (status = 200, body = RemovedVolume), (status = 404, body = ErrorBody),
+        (status = 409, body = ErrorBody)
+    )
+)]
+async fn drop_replica(
+    State(agent): App,
+    Path(name): Path<String>,
+    query: Result<Query<DropQuery>, QueryRejection>,
+) -> Answer<RemovedVolume> {
+    let Query(query) = query.map_err(|error| bad_request(error.to_string()))?;
+    let name: VolumeName = parse(&name)?;
+    answer(agent.drop_replica(&name, query.keep_image).await)
 }
 
 /// Where a guest finds the volume.

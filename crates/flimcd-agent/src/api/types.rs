@@ -85,6 +85,29 @@ pub struct VolumeInfo {
     /// The running migration.
     #[schema(value_type = Option<String>)]
     pub migration: Option<MigrationId>,
+    /// Of a volume that has moved away whole: the copy that stayed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replica: Option<ReplicaInfo>,
+}
+
+/// A copy that stayed when a volume moved away.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ReplicaInfo {
+    /// Since when, as milliseconds since 1970.
+    pub since_unix_ms: u64,
+    /// Nobody has written to its image since, so that a way back sends what changed without comparing.
+    pub is_untouched: bool,
+    /// Its image was there before the volume, and stays when the copy is dropped.
+    pub imported: bool,
+}
+
+/// Query of `DELETE /v1/replicas/{name}`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::IntoParams)]
+#[serde(deny_unknown_fields)]
+pub struct DropQuery {
+    /// Leave the image file.
+    #[serde(default)]
+    pub keep_image: bool,
 }
 
 /// What an agent is to a volume.
@@ -264,6 +287,10 @@ pub struct MigrateRequest {
     /// default if left out (`precopy` sends everything, the others do not).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub library: Option<bool>,
+    /// Whether the source keeps its copy when everything has arrived, so that a way back costs what changed; true if left out.
+    /// Otherwise the volume is removed there, with its image unless that was imported.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep_replica: Option<bool>,
 }
 
 /// `POST /v1/migrations`: moves several volumes together, with one switch for all of them. Answered as

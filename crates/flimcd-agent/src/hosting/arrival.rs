@@ -1,8 +1,8 @@
 //! Volumes that come from a peer: whether they may, whether they fit, and making them.
 
 use flimcd_core::{Epoch, MigrationId, SiteName};
-use flimcd_volume::{NewVolume, Ownership, Volume};
-use flimcd_wire::{ErrorCode, Open, VolumeOffer, WireError};
+use flimcd_volume::{NewVolume, Ownership, Standing, Volume};
+use flimcd_wire::{Base, ErrorCode, Open, VolumeOffer, WireError};
 use std::{collections::BTreeSet, fs, sync::Arc};
 
 use super::{
@@ -11,26 +11,37 @@ use super::{
 };
 use crate::{
     Config,
-    api::{ErrorBody, OwnershipState},
+    api::{ApiCode, ErrorBody},
+    error::refuse,
+    ops::not_owner,
 };
 
 impl Hosting {
-    /// Whether the volumes that a peer wants to send may come, and fit together. Blocks.
-    pub(crate) fn check_arrival(&self, open: &Open, config: &Config) -> Result<(), WireError> {
+    /// Whether the volumes that a peer wants to send may come, and fit together: what stands here for each. Blocks.
+    pub(crate) fn check_arrival(
+        &self,
+        open: &Open,
+        config: &Config,
+    ) -> Result<Vec<Base>, WireError> {
         let names: BTreeSet<_> = open.volumes.iter().map(|offer| &offer.name).collect();
         let ids: BTreeSet<_> = open.volumes.iter().map(|offer| offer.id).collect();
         if names.len() < open.volumes.len() || ids.len() < open.volumes.len() {
             let text = "the source names a volume twice in one migration";
             return Err(WireError::new(ErrorCode::PROTOCOL, text));
         }
+        let mut bases = Vec::new();
+        let mut bytes = 0;
         for offer in &open.volumes {
-            self.check_one(offer, config)?;
+            bases.push(self.check_one(offer, config)?);
+            let there = self.by_id(offer.id);
+            let there = there.map_or(0, |hosted| allocated(&hosted.record().image));
+            bytes += offer.size.bytes().saturating_sub(there);
         }
-        let bytes = open.volumes.iter().map(|offer| offer.size.bytes()).sum();
-        self.check_room(bytes, config)
+        self.check_room(bytes, config)?;
+        Ok(bases)
     }
 
-    fn check_one(&self, offer: &VolumeOffer, config: &Config) -> Result<(), WireError> {
+    fn check_one(&self, offer: &VolumeOffer, config: &Config) -> Result<Base, WireError> {
         let site = &config.site;
         let exists = |text: String| Err(WireError::new(ErrorCode::VOLUME_EXISTS, text));
         if let Some(same) = self.by_id(offer.id) {
@@ -44,12 +55,35 @@ impl Hosting {
                 );
                 return Err(WireError::new(ErrorCode::SIZE, text));
             }
-            return exists(match state_of(&record.ownership).0 {
-                OwnershipState::Released => format!(
-                    "site {site} still keeps the copy of {name} that it had before; remove it there with \
-                     `flimcd volume remove {name} --delete-image`, then migrate again"
-                ),
-                state => format!("site {site} has this volume already, as {name} ({state})"),
+            let Some(standing) = same.volume().standing() else {
+                let state = state_of(&record.ownership).0;
+                return exists(format!(
+                    "site {site} has this volume already, as {name} ({state})"
+                ));
+            };
+            if *name != offer.name {
+                return exists(format!(
+                    "site {site} keeps a copy of this volume as {name}, not {}; remove it there with `flimcd replica drop \
+                     {name}`, then migrate again",
+                    offer.name
+                ));
+            }
+            if standing == Standing::Lost {
+                return exists(format!(
+                    "the image {} of the copy of {name} at site {site} was moved, replaced or cut; remove the copy there with \
+                     `flimcd replica drop {name} --keep-image`, then migrate again",
+                    record.image.display()
+                ));
+            }
+            return Ok(match (standing, offer.base) {
+                (Standing::Untouched(left), Some(base)) if left == base => Base::Known,
+                _ => {
+                    tracing::info!(
+                        volume = %name, ?standing, base = ?offer.base,
+                        "the copy that stands here is of some time: all of it is compared"
+                    );
+                    Base::Unknown
+                }
             });
         }
         if self.slots().contains_key(&offer.name) {
@@ -65,7 +99,7 @@ impl Hosting {
                 image.display()
             ));
         }
-        Ok(())
+        Ok(Base::Zeroes)
     }
 
     fn check_room(&self, bytes: u64, config: &Config) -> Result<(), WireError> {
@@ -149,6 +183,9 @@ impl Hosting {
         migration: MigrationId,
         peer: &SiteName,
     ) -> Result<Arc<Hosted>, ErrorBody> {
+        if let Some(hosted) = self.by_id(offer.id) {
+            return self.come_back(&hosted, migration, peer);
+        }
         let reservation = self.reserve(&offer.name)?;
         let new = NewVolume {
             id: offer.id,
@@ -164,5 +201,36 @@ impl Hosting {
         let volume = Volume::create(&self.volumes, new, offer.size, &self.options)
             .map_err(|error| cannot_make(&error))?;
         self.put(reservation, &volume, true)
+    }
+    /// Lets content arrive over the copy that stands here. Nobody else changes the volume meanwhile.
+    fn come_back(
+        &self,
+        hosted: &Arc<Hosted>,
+        migration: MigrationId,
+        peer: &SiteName,
+    ) -> Result<Arc<Hosted>, ErrorBody> {
+        let name = hosted.name();
+        let reservation = self.withdraw(name)?;
+        let entered = if hosted.record().is_replica() {
+            hosted.volume.take_image_locks().map_err(|error| {
+                let message = format!("the copy of {name} cannot be written over: {error}");
+                refuse(ApiCode::Image, message, "")
+            })
+        } else {
+            Err(not_owner(name, hosted.state(), None))
+        };
+        let entered = entered.and_then(|()| {
+            let incoming = Ownership::Incoming {
+                migration,
+                peer: peer.clone(),
+            };
+            hosted.volume.enter_incoming(incoming).map_err(|error| {
+                let message = format!("recording that {name} comes back failed: {error}");
+                refuse(ApiCode::Io, message, "")
+            })
+        });
+        reservation.fill(hosted.clone());
+        entered?;
+        Ok(hosted.clone())
     }
 }

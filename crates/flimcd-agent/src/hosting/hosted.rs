@@ -118,6 +118,7 @@ impl Hosted {
             export: self.is_served().then(|| self.export()),
             guest_connections: self.volume.connections(),
             migration,
+            replica: crate::replicas::describe(self),
         }
     }
 
@@ -139,7 +140,7 @@ fn socket_of(name: &VolumeName, runtime_dir: &Path) -> PathBuf {
 }
 
 /// Bytes that an image takes on its file system.
-pub(super) fn allocated(image: &Path) -> u64 {
+pub(crate) fn allocated(image: &Path) -> u64 {
     fs::metadata(image).map_or(0, |metadata| metadata.blocks() * 512)
 }
 

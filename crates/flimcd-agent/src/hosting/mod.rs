@@ -10,7 +10,8 @@ mod in_use;
 
 use flimcd_core::{Epoch, VolumeId, VolumeName, VolumeSize};
 use flimcd_volume::{
-    NewVolume, Ownership, StateError, Volume, VolumeError, VolumesDir, device::OpenOptions,
+    NewVolume, Ownership, StateError, Volume, VolumeError, VolumesDir,
+    device::{OpenError, OpenOptions},
 };
 use std::{
     collections::BTreeMap,
@@ -26,14 +27,14 @@ use crate::{
     error::{StartError, refuse},
     ops::not_owner,
 };
-pub(crate) use hosted::Hosted;
+pub(crate) use hosted::{Hosted, allocated};
 use hosted::state_of;
 pub(crate) use in_use::ImageLocks;
 
 /// A volume's name that would make its export's socket that of the API.
 const RESERVED: &str = "api";
 /// Tenant of volumes that name none.
-const DEFAULT_TENANT: &str = "default";
+pub(crate) const DEFAULT_TENANT: &str = "default";
 
 enum Slot {
     Reserved,
@@ -75,6 +76,7 @@ impl Hosting {
             let hosted = match hosting.open_volume(&name, locks(&name)) {
                 Ok((volume, true)) => Hosted::serve(volume, &hosting.runtime_dir),
                 Ok((volume, false)) => Ok(Hosted::unserved(volume, &hosting.runtime_dir)),
+                Err(error) if hosting.forget_lost_copy(&name, &error) => continue,
                 Err(error) => return Err(failed(&hosting.volumes.path_of(&name), error)),
             };
             let hosted = hosted.map_err(|error| StartError::Export {
@@ -86,13 +88,35 @@ impl Hosting {
         Ok(hosting)
     }
 
+    /// A volume that cannot be opened: if it is only the copy of one that has moved away, and its image is not what it was, the
+    /// volume is forgotten and nothing is deleted. An agent has to start without it.
+    fn forget_lost_copy(&self, name: &VolumeName, error: &VolumeError) -> bool {
+        let is_lost = match error {
+            VolumeError::SizeChanged { .. }
+            | VolumeError::Device(OpenError::NotAnImage { .. } | OpenError::Size { .. }) => true,
+            VolumeError::Device(OpenError::Open { source, .. }) => {
+                source.kind() == io::ErrorKind::NotFound
+            }
+            _ => false,
+        };
+        let Ok(state) = self.volumes.open_volume(name) else {
+            return false;
+        };
+        if !is_lost || !state.record().is_replica() {
+            return false;
+        }
+        tracing::error!(volume = %name, "forgets the copy of a volume that has moved away: {error}");
+        self.volumes.remove(&state, false).is_ok()
+    }
+
     /// Stops serving and closes all volumes. Blocks until guests are gone and data is durable.
     pub(crate) fn close(&self) {
         let slots = std::mem::take(&mut *self.slots());
         for slot in slots.into_values() {
             if let Slot::Ready(hosted) = slot {
                 hosted.stop_serving();
-                if let Err(error) = hosted.volume.sync() {
+                let closed = hosted.volume.sync().and_then(|()| hosted.volume.seal());
+                if let Err(error) = closed {
                     tracing::error!(volume = %hosted.name(), "making data durable failed: {error}");
                 }
             }
@@ -242,29 +266,35 @@ impl Hosting {
         }
     }
 
-    /// Gives a volume up, if `check` allows it. Blocks.
+    /// Gives a volume up, if `check` allows it. With `only_replica` nothing but a copy that stayed is given up, and an image that was
+    /// imported is left alone. Blocks.
     pub(crate) fn remove(
         &self,
         name: &VolumeName,
         delete_image: bool,
+        only_replica: bool,
         check: impl FnOnce() -> Result<(), ErrorBody>,
     ) -> Result<RemovedVolume, ErrorBody> {
         let hosted = self.get(name)?;
         check()?;
-        let record = hosted.record();
-        match &record.ownership {
-            Ownership::Owner { .. } | Ownership::Released { complete: true, .. } => {}
-            other => {
-                let (state, peer) = state_of(other);
-                return Err(not_owner(name, state, peer));
-            }
-        }
         let guests = hosted.volume.connections();
         if guests > 0 {
             let message = format!("{name} has {guests} guest connections");
             return Err(refuse(ApiCode::Busy, message, "stop the guest first"));
         }
         let reservation = self.withdraw(name)?;
+        // Only now, since it may have begun to come back just before.
+        let record = hosted.record();
+        match &record.ownership {
+            Ownership::Owner { .. } if !only_replica => {}
+            Ownership::Released { complete: true, .. } => {}
+            other => {
+                reservation.fill(hosted);
+                let (state, peer) = state_of(other);
+                return Err(not_owner(name, state, peer));
+            }
+        }
+        let delete_image = delete_image && !(only_replica && record.imported);
         hosted.stop_serving();
         hosted
             .volume
@@ -278,7 +308,7 @@ impl Hosting {
         })
     }
 
-    /// Removes a volume whose arrival was cut short, with its image. Blocks.
+    /// Removes a volume whose arrival was cut short, with its image; what came over a copy is a copy again. Blocks.
     pub(crate) fn discard(&self, name: &VolumeName) -> io::Result<()> {
         let Ok(hosted) = self.get(name) else {
             return Ok(());
@@ -289,6 +319,11 @@ impl Hosting {
         let Ok(reservation) = self.withdraw(name) else {
             return Ok(());
         };
+        if hosted.record().in_place {
+            let left = hosted.volume.leave_incoming();
+            reservation.fill(hosted);
+            return left;
+        }
         hosted.stop_serving();
         let removed = hosted.volume.remove(&self.volumes, true);
         drop(reservation);

@@ -98,7 +98,7 @@ fn put_right(
         "the agent ended while the volumes of a migration changed hands; the record is put right"
     );
     let is_back = matches!(wanted, Ownership::Incoming { .. });
-    record.ownership = wanted;
+    record.set_ownership(wanted);
     state.store(record)?;
     if is_back {
         state.remove_missing()?;

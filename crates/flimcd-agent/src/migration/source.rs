@@ -499,12 +499,6 @@ impl SourceDriver {
             let result = volumes
                 .record(ownership)
                 .map_err(|error| disk_error("writing the volume's record", &error));
-            let result = match (record, result) {
-                (SourceRecord::Owner, Ok(())) => volumes
-                    .stop_tracking()
-                    .map_err(|error| disk_error("forgetting what the target lacks", &error)),
-                (_, result) => result,
-            };
             let _ = done.send(Done::Persisted(record, result));
         });
     }

@@ -5,6 +5,7 @@
 //! the volume's record first names the migration, and gets its end after the volume's record.
 
 use flimcd_core::{Epoch, MigrationId, SiteName, VolumeId, VolumeName};
+use flimcd_wire::Base;
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, fs, io, path::PathBuf};
 
@@ -47,6 +48,9 @@ pub(crate) struct MigrationRecord {
     pub(crate) refused: Option<Epoch>,
     /// Source: ended early, and the target has not been told.
     pub(crate) farewell_due: bool,
+    /// Target: what stood there for each volume before anything arrived; zeroes where it is left out.
+    #[serde(default)]
+    pub(crate) bases: Vec<Base>,
     /// As it was when this was written; final once its phase is.
     pub(crate) status: MigrationStatus,
 }
@@ -83,6 +87,7 @@ impl MigrationRecord {
             cancel_asked: false,
             refused: None,
             farewell_due: false,
+            bases: Vec::new(),
             status,
         }
     }

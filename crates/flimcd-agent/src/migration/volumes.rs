@@ -16,7 +16,7 @@ use flimcd_core::{
     BLOCKS_PER_CHUNK, BlockIndex, BlockRange, BlockSet, Epoch, InvalidSize, MigrationId, SiteName,
     VolumeLayout,
 };
-use flimcd_volume::{Ownership, Sending, Volume, VolumeObserver, rules::Mode};
+use flimcd_volume::{Begun, Ownership, Sending, Volume, VolumeObserver, rules::Mode};
 use flimcd_wire::{Entry, SampleChunk};
 use std::{io, sync::Arc, thread};
 
@@ -27,6 +27,16 @@ const SAMPLE_CHUNKS: usize = 128;
 pub(crate) struct VolumeSet {
     volumes: Vec<Arc<Volume>>,
     layout: VolumeLayout,
+}
+
+/// What a target may lack of several volumes when their migration begins.
+pub(crate) struct BegunTogether {
+    /// Where it has zeroes: blocks that are not holes.
+    pub(crate) data: BlockSet,
+    /// Where it has the copy that the base names: blocks that may have changed since. `None` if there is no base.
+    pub(crate) changed: Option<BlockSet>,
+    /// For each volume, the migration that left a copy there of which it is known what it lacks.
+    pub(crate) bases: Vec<Option<MigrationId>>,
 }
 
 /// A question of one of the volumes.
@@ -175,47 +185,55 @@ impl VolumeSet {
 
     // ---- source ------------------------------------------------------------------------------
 
-    /// Begins to mark writes, with a record that the target may lack anything, and finds the blocks that are not
-    /// holes.
-    pub(crate) fn start_tracking_fresh(&self) -> io::Result<BlockSet> {
-        // Writes are marked from before the holes are looked for, so that none is overlooked; and until
-        // that is done, a crash leaves a record that says that everything is lacking.
+    /// Begins to mark writes, with a record that the target may lack anything, and finds out what it lacks on what
+    /// may stand there.
+    pub(crate) fn begin_migration(
+        &self,
+        site: &SiteName,
+        migration: MigrationId,
+    ) -> io::Result<BegunTogether> {
+        let mut begun = Vec::new();
         for volume in &self.volumes {
-            volume.start_tracking(None)?;
+            begun.push(volume.begin_migration(site, migration)?);
         }
-        self.gather(|volume| {
-            let data = volume.data_blocks()?;
-            volume.start_tracking(Some(&data))?;
-            Ok(data)
+        let bases: Vec<_> = (begun.iter())
+            .map(|begun| begun.changed.as_ref().map(|(base, _)| *base))
+            .collect();
+        let together = |of: &dyn Fn(&Begun) -> BlockSet| {
+            if let [only] = &begun[..] {
+                return of(only);
+            }
+            let mut all = BlockSet::new(self.layout.size().blocks());
+            for (begun, (_, start)) in begun.iter().zip(self.placed()) {
+                for run in of(begun).runs() {
+                    all.insert_range(shift_out(run, start));
+                }
+            }
+            all
+        };
+        let data = together(&|begun| begun.data.clone());
+        let changed = bases.iter().any(Option::is_some).then(|| {
+            together(&|begun| match &begun.changed {
+                Some((_, changed)) => changed.clone(),
+                // No base was named, so that this is not asked for; if it were, it would be right.
+                None => BlockSet::full(begun.data.capacity()),
+            })
+        });
+        Ok(BegunTogether {
+            data,
+            changed,
+            bases,
         })
     }
 
     /// What the target may lack when a migration goes on: as the volumes kept it, or everything where that is not
-    /// known any more. Writes are marked from now on if a guest `runs` here.
-    pub(crate) fn unacked(&self, runs: bool) -> io::Result<BlockSet> {
-        self.gather(|volume| {
-            if let Some(unacked) = volume.unacked()? {
-                return Ok(unacked);
-            }
-            let ownership = ownership_of(volume);
-            if let Ownership::Released { complete: true, .. } = ownership {
-                return Ok(BlockSet::new(volume.size().blocks()));
-            }
-            // Not known any more, after a reboot.
-            if runs {
-                volume.start_tracking(None)?;
-            }
-            Ok(BlockSet::full(volume.size().blocks()))
-        })
-    }
-
-    /// Drops the dirty marks of a migration that does not go on.
-    pub(crate) fn stop_tracking(&self) -> io::Result<()> {
-        let mut result = Ok(());
-        for volume in &self.volumes {
-            result = result.and(volume.stop_tracking());
-        }
-        result
+    /// known any more.
+    pub(crate) fn resume_migration(
+        &self,
+        site: &SiteName,
+        migration: MigrationId,
+    ) -> io::Result<BlockSet> {
+        self.gather(|volume| volume.resume_migration(site, migration))
     }
 
     /// Hands over the blocks that were written since the last call.
@@ -582,7 +600,12 @@ mod tests {
     fn blocks_are_shifted_and_short_ends_stay_short() {
         let dir = tempfile::tempdir().unwrap();
         let volumes = owned(dir.path());
-        assert_eq!(volumes.start_tracking_fresh().unwrap(), set(&[]));
+        let begin = || {
+            let begun = volumes.begin_migration(&peer(), MIGRATION).unwrap();
+            assert_eq!(volumes.all()[0].unacked().unwrap().unwrap().count(), 3);
+            begun.data
+        };
+        assert_eq!(begin(), set(&[]));
         for (number, at, bytes) in [(0, 4096, 4096 + 512), (1, 4 * 4096, 8192), (2, 0, 512)] {
             let image = dir.path().join(format!("{number}.raw"));
             let image = fs::File::options().write(true).open(image).unwrap();
@@ -590,7 +613,9 @@ mod tests {
             image.sync_all().unwrap();
         }
         let written = set(&[(1, 3), (20, 22), (48, 49)]);
-        assert_eq!(volumes.start_tracking_fresh().unwrap(), written);
+        assert_eq!(begin(), written);
+        let clean = [(0, 1), (16, 20), (22, 32)].map(|(start, end)| BlockRange::new(start, end));
+        volumes.mark_clean(&clean).unwrap();
         let bytes = |start, end| {
             let begun = volumes.begin_send(BlockRange::new(start, end));
             let (sending, bytes) = begun.unwrap();
@@ -603,7 +628,7 @@ mod tests {
         assert_eq!(bytes(16, 17), [0; 4096]);
         volumes.mark_clean(&[BlockRange::new(2, 21)]).unwrap();
         let left = set(&[(1, 2), (21, 22), (48, 49)]);
-        assert_eq!(volumes.unacked(true).unwrap(), left);
+        assert_eq!(volumes.resume_migration(&peer(), MIGRATION).unwrap(), left);
     }
 
     #[test]

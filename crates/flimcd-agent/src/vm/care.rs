@@ -280,7 +280,7 @@ impl Agent {
         }
         wait_hung_up(&hosted).await?;
         let (agent, volume) = (self.clone(), disk.volume.clone());
-        blocking(move || agent.hosting.remove(&volume, false, || Ok(()))).await?;
+        blocking(move || agent.hosting.remove(&volume, false, false, || Ok(()))).await?;
         Ok(())
     }
 

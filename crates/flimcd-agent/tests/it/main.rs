@@ -15,6 +15,7 @@ mod migrate;
 mod mixed;
 mod proxy;
 mod refuse;
+mod replica;
 mod site;
 
 /// Not a test: the agent that the crash tests start as a process of its own and kill.

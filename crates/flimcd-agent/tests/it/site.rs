@@ -161,6 +161,7 @@ impl Site {
             .join(format!("{volume}.raw"))
     }
 
+    #[allow(dead_code, reason = "the tests in the crate do not look there")]
     pub(crate) fn state_dir(&self) -> PathBuf {
         self.root.join("state")
     }
@@ -235,6 +236,7 @@ pub(crate) fn to_beta(strategy: Strategy, switchover: Switchover) -> MigrateRequ
         switchover,
         compress: None,
         library: None,
+        keep_replica: None,
     }
 }
 

@@ -53,10 +53,13 @@ impl Rules {
     fn begin_postcopy(&mut self, mut op: Op) -> Admission {
         self.count_miss(&mut op);
         match self.presence.decide(&mut op) {
-            Decision::Go => Admission::Go {
-                ticket: self.ops.insert(op, State::Active),
-                newly_dirty: false,
-            },
+            Decision::Go => {
+                let newly_dirty = self.mark_dirty(&op);
+                Admission::Go {
+                    ticket: self.ops.insert(op, State::Active),
+                    newly_dirty,
+                }
+            }
             Decision::Wait => {
                 self.presence.report_faults(&op);
                 self.park(op)
@@ -212,7 +215,7 @@ impl Rules {
                     self.presence.report_faults(&op);
                     return false;
                 }
-                false
+                self.mark_dirty(&op)
             }
         };
         self.ops.set_state(ticket, State::Woken);

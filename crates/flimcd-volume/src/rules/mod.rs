@@ -5,7 +5,7 @@
 //! # Modes
 //! ```text
 //!   source:  Owner ──freeze──► Frozen ──release──► Released ──enter_incoming──► Incoming
-//!              ▲───────thaw──────┘
+//!              ▲───────thaw──────┘                    ▲───────leave_incoming──────┘
 //!   target:  Incoming ──start_postcopy──► PostCopy ──finish_postcopy──► Owner
 //! ```
 //! | mode | guest requests | fetched content |
@@ -56,6 +56,9 @@
 //! [`Rules::begin_send`] clear marks *before* the content is read, and never that of a block with a write in flight:
 //! the reader may see the old content, so the block has to be sent again after the write. A failed write leaves its
 //! marks. Who took marks and fails to deliver keeps them: see the machines.
+//!
+//! Marks are set at a target as well, from the switch on: what its guest writes is what the copy that the source kept
+//! lacks, should the volume go back there.
 //!
 //! # Flush
 //! In post-copy a flush may be acknowledged only when both the data and the *presence* of what was written before it are

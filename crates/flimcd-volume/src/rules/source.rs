@@ -150,6 +150,17 @@ impl Rules {
         self.wake(self.size.all_blocks());
     }
 
+    /// The way back was given up: requests are refused again, those that were parked and all from here on.
+    ///
+    /// # Panics
+    /// Unless in `Incoming` or `Released`.
+    pub fn leave_incoming(&mut self) {
+        self.expect_mode(&[Mode::Incoming, Mode::Released], "leave_incoming");
+        self.peeks.clear();
+        self.mode = Mode::Released;
+        self.wake(self.size.all_blocks());
+    }
+
     /// A volume that moved away comes back: requests are parked until the switch.
     ///
     /// # Panics

@@ -7,7 +7,7 @@
 //!     record        who owns the volume, where its image is: replaced atomically
 //!     missing       target in post-copy: which blocks are durably not here; changed in place
 //!     missing-now   target in post-copy: which blocks are not here at the moment; changed in place
-//!     unacked       source of a migration: which blocks the target may lack; changed in place
+//!     unacked       owner: which blocks the copy at another site may lack; changed in place
 //!   .new-NAME/      a volume being made: removed at the next start
 //!   .delete-NAME/   a volume being removed with its image: finished at the next start
 //!   .forget-NAME/   a volume being removed without its image: finished at the next start
@@ -34,6 +34,8 @@
 //! - `unacked`: bits are set before the guest's write is submitted. When the agent dies, the kernel still
 //!   has every byte that was handed to it. When the machine dies, the file may be older than the image: the header has
 //!   the boot's id, and a file of another boot is thrown away. Everything counts as unacknowledged then.
+//!   It means something only together with the record's `baseline`, which names the copy that it is about: during a migration
+//!   the one that is arriving, afterwards the one that stayed. When the two change, the file goes first, and to a superset.
 //!
 //! # Byte table of `record` (integers are little-endian)
 //! | offset | bytes | what |
@@ -70,4 +72,4 @@ mod replace;
 pub use bitmap::{BitmapFile, BitmapKind};
 pub use dir::{StateDir, VolumesDir};
 pub use error::StateError;
-pub use record::{Ownership, VolumeRecord};
+pub use record::{Baseline, ImageIdentity, Ownership, Replica, VolumeRecord};

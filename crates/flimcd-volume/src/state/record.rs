@@ -1,6 +1,10 @@
 //! The record of a volume, and its bytes.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs, io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
 
 use flimcd_core::{Epoch, MigrationId, SiteName, VolumeId, VolumeName, VolumeSize};
 use serde::{Deserialize, Serialize};
@@ -113,9 +117,107 @@ pub struct VolumeRecord {
     pub imported: bool,
     /// The migration that last brought or took it.
     pub last_migration: Option<MigrationId>,
+    /// Of an owner: the copy at another site of which `unacked` says what it may lack.
+    #[serde(default)]
+    pub baseline: Option<Baseline>,
+    /// Of a volume that has moved away: the copy that stayed here.
+    #[serde(default)]
+    pub replica: Option<Replica>,
+    /// While content arrives: it is written over a copy that stood here.
+    #[serde(default)]
+    pub in_place: bool,
+    /// The image as the last agent left it, if that stopped in order and is to be held to it.
+    #[serde(default)]
+    pub sealed: Option<ImageIdentity>,
+}
+
+/// A copy of the volume at another site. It differs from the image here at most in the blocks of `unacked`.
+///
+/// That holds from the moment the migration begins: then `unacked` is full.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Baseline {
+    /// Where it is.
+    pub site: SiteName,
+    /// The migration that left it there.
+    pub migration: MigrationId,
+}
+
+/// A copy that stayed when the volume moved away.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Replica {
+    /// Since when, as milliseconds since 1970.
+    pub since_unix_ms: u64,
+    /// The image as it was then; `None` where that is not known, and the copy may be of any time.
+    pub identity: Option<ImageIdentity>,
+}
+
+/// By what an image is known again as untouched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageIdentity {
+    /// Its length in bytes.
+    pub size: u64,
+    /// The file system's device number.
+    pub device: u64,
+    /// Number of the file on it.
+    pub inode: u64,
+    /// When its content was last changed: seconds and nanoseconds.
+    pub modified: (i64, i64),
+    /// When anything of it was last changed.
+    pub changed: (i64, i64),
+}
+
+impl ImageIdentity {
+    /// Of the file at `path`; `None` for what is no regular file, since a disk does not say when it was written.
+    ///
+    /// # Errors
+    /// When it cannot be looked at.
+    pub fn of(path: &Path) -> io::Result<Option<Self>> {
+        let found = fs::metadata(path)?;
+        Ok(found.is_file().then(|| Self {
+            size: found.len(),
+            device: found.dev(),
+            inode: found.ino(),
+            modified: (found.mtime(), found.mtime_nsec()),
+            changed: (found.ctime(), found.ctime_nsec()),
+        }))
+    }
 }
 
 impl VolumeRecord {
+    /// Whether the volume has moved away whole, so that what is here is a copy of it.
+    #[must_use]
+    pub fn is_replica(&self) -> bool {
+        matches!(self.ownership, Ownership::Released { complete: true, .. })
+    }
+
+    /// What follows from a new owner. The identity of a copy that stays is for the caller to fill in.
+    pub fn set_ownership(&mut self, ownership: Ownership) {
+        let last = ownership.migration();
+        self.last_migration = last.or(self.last_migration);
+        self.epoch = ownership.epoch().map_or(self.epoch, |e| e.max(self.epoch));
+        match &ownership {
+            Ownership::Owner { .. } => self.in_place = false,
+            Ownership::Released { complete: true, .. } => {
+                self.baseline = None;
+                self.in_place = false;
+            }
+            Ownership::Prepared { .. } | Ownership::Released { .. } => {}
+            Ownership::Incoming { .. } => self.baseline = None,
+            Ownership::Arriving {
+                migration, peer, ..
+            } => {
+                self.baseline = Some(Baseline {
+                    site: peer.clone(),
+                    migration: *migration,
+                });
+            }
+        }
+        if !matches!(ownership, Ownership::Released { .. }) {
+            self.replica = None;
+        }
+        self.ownership = ownership;
+    }
+
     /// The record's bytes; the byte table stands in the module above.
     pub(super) fn encode(&self) -> Result<Vec<u8>, serde_json::Error> {
         let payload = serde_json::to_vec(self)?;
@@ -182,6 +284,10 @@ pub(super) mod tests {
             image: "/images/vm-1.raw".into(),
             imported: false,
             last_migration: Some(MigrationId(7)),
+            baseline: None,
+            replica: None,
+            in_place: false,
+            sealed: None,
         }
     }
 

@@ -5,16 +5,20 @@ use std::{
     io::{self, Read},
     os::unix::fs::{FileTypeExt, OpenOptionsExt},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicUsize},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicUsize},
+    },
     thread,
     time::{Duration, Instant},
 };
 
-use flimcd_core::{Epoch, MigrationId, VolumeId, VolumeName, VolumeSize};
+use flimcd_core::{Epoch, VolumeId, VolumeName, VolumeSize};
 
 use super::{
     SharedCore, Volume, VolumeError,
     flusher::Flusher,
+    replica::unseal,
     source::Unacked,
     target::{MissingFiles, SyncHealth},
 };
@@ -160,6 +164,10 @@ impl Volume {
             ownership: new.ownership,
             image,
             imported,
+            baseline: None,
+            replica: None,
+            in_place: false,
+            sealed: None,
         };
         Self::assemble_on_image(dir.create(record)?, device)
     }
@@ -204,6 +212,8 @@ impl Volume {
         image: Option<FileDevice>,
         backend: String,
     ) -> Result<Arc<Self>, VolumeError> {
+        let mut state = state;
+        unseal(&mut state)?;
         let record = state.record();
         let (mut rules, mut missing) = (Rules::new(record.size, mode_of(&record.ownership)), None);
         if let Ownership::Arriving { epoch, .. } = record.ownership {
@@ -212,7 +222,7 @@ impl Volume {
             missing = Some(files);
         }
         let unacked = match record.ownership {
-            Ownership::Owner { .. } | Ownership::Prepared { .. } => {
+            Ownership::Owner { .. } | Ownership::Prepared { .. } | Ownership::Arriving { .. } => {
                 let unacked = state.open_unacked()?;
                 if unacked.is_some() {
                     rules.start_tracking();
@@ -240,6 +250,7 @@ impl Volume {
             syncs: SyncHealth::default(),
             durable: Some(durable),
             flusher: Flusher::default(),
+            came_in_place: AtomicBool::new(false),
         }))
     }
 
@@ -309,6 +320,7 @@ impl Volume {
         Ok(())
     }
 
+    /// The durable half of a change of owner.
     pub(super) fn store_ownership(&self, ownership: Ownership) -> io::Result<()> {
         let Some(durable) = &self.durable else {
             return Ok(());
@@ -318,12 +330,13 @@ impl Volume {
         if record.ownership == ownership {
             return Ok(());
         }
-        let last: Option<MigrationId> = ownership.migration();
-        record.last_migration = last.or(record.last_migration);
-        record.epoch = ownership
-            .epoch()
-            .map_or(record.epoch, |e| e.max(record.epoch));
-        record.ownership = ownership;
+        let was_released = matches!(record.ownership, Ownership::Released { .. });
+        record.set_ownership(ownership);
+        let is_released = matches!(record.ownership, Ownership::Released { .. });
+        if is_released && record.replica.is_none() {
+            // Taken when the volume is given away, with everything synced; later it would be too late.
+            record.replica = Some(super::replica::of(&record.image, !was_released));
+        }
         Ok(state.store(record)?)
     }
 }

@@ -8,6 +8,7 @@ mod core;
 mod error;
 mod flusher;
 mod lifecycle;
+mod replica;
 #[cfg(test)]
 mod restart_tests;
 mod source;
@@ -17,7 +18,7 @@ use std::{
     io,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
@@ -28,7 +29,8 @@ pub use self::{
     core::VolumeObserver,
     error::VolumeError,
     lifecycle::NewVolume,
-    source::Sending,
+    replica::Standing,
+    source::{Begun, Sending},
     target::{Applied, ApplyData},
 };
 use crate::{
@@ -50,6 +52,8 @@ pub struct Volume {
     backend: String,
     durable: Option<lifecycle::Durable>,
     flusher: flusher::Flusher,
+    /// Content arrives over a copy, and nobody but this process can have touched it since that was looked at.
+    came_in_place: AtomicBool,
 }
 
 impl Volume {
@@ -68,6 +72,7 @@ impl Volume {
             backend: "ephemeral".into(),
             durable: None,
             flusher: flusher::Flusher::default(),
+            came_in_place: AtomicBool::new(false),
         })
     }
 

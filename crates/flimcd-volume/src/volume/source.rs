@@ -5,10 +5,10 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use flimcd_core::{BlockRange, BlockSet, ByteRange};
+use flimcd_core::{BlockRange, BlockSet, ByteRange, MigrationId, SiteName};
 
 use super::Volume;
-use crate::state::BitmapFile;
+use crate::state::{Baseline, BitmapFile, Ownership};
 
 /// The durable record of what the target may lack, if one is kept.
 ///
@@ -26,9 +26,18 @@ impl Unacked {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<BitmapFile>> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, Option<BitmapFile>> {
         self.file.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What a target may lack when a migration begins.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Begun {
+    /// If it has zeroes: blocks that are not holes.
+    pub data: BlockSet,
+    /// If it has the copy that this migration left there: blocks that may have changed since.
+    pub changed: Option<(MigrationId, BlockSet)>,
 }
 
 /// Blocks whose dirty marks were cleared because they are about to be read.
@@ -52,25 +61,70 @@ impl Sending {
 }
 
 impl Volume {
-    /// Starts a migration's bookkeeping: marks what the guest writes from now on, keeps a record of what the target may
-    /// lack that survives the agent's death, and returns the blocks that are not holes. The target is taken to have zeroes everywhere.
+    /// Starts a migration's bookkeeping: marks what the guest writes from now on, and keeps a record of what the target may
+    /// lack that survives the agent's death. At first that is everything; once the target has said what stands there,
+    /// [`mark_clean`](Self::mark_clean) takes the rest out.
     ///
     /// # Errors
-    /// When the image or the state directory cannot be read or written. Nothing is marked then.
-    pub fn start_tracking_fresh(&self) -> io::Result<BlockSet> {
+    /// When the image or the state directory cannot be read or written. What the guest writes may be marked then.
+    pub fn begin_migration(&self, site: &SiteName, migration: MigrationId) -> io::Result<Begun> {
         self.core.change(|core| core.rules.start_tracking());
-        let result = self.data_blocks().and_then(|data| {
-            self.keep_unacked(&data)?;
-            Ok(data)
-        });
-        if result.is_err() {
-            self.stop_tracking()?;
+        let full = BlockSet::full(self.size().blocks());
+        let mut changed = None;
+        if let Some(durable) = &self.durable {
+            let mut file = durable.unacked.lock();
+            let known = file.as_ref().map(BitmapFile::load).transpose()?;
+            // A write that is marked after this look waits for the lock before it is submitted.
+            let marked = self.core.lock().rules.take_dirty();
+            let mut state = durable.state();
+            // The file first: that everything may be lacking is true of the copy that the record names until then, too.
+            *file = Some(state.create_unacked(&full)?);
+            let mut record = state.record().clone();
+            let before = record.baseline.replace(Baseline {
+                site: site.clone(),
+                migration,
+            });
+            state.store(record)?;
+            if let (Some(before), Some(mut known)) = (before, known)
+                && before.site == *site
+            {
+                known.union_with(&marked);
+                changed = Some((before.migration, known));
+            }
         }
-        result
+        let data = self.data_blocks()?;
+        Ok(Begun { data, changed })
     }
 
-    /// As [`start_tracking_fresh`](Self::start_tracking_fresh), for a migration that goes on: the target may lack `unacked`, or
-    /// anything if that is `None`.
+    /// As [`begin_migration`](Self::begin_migration), for one that a restart goes on with: what the target may lack. Everything, where the
+    /// record of that is gone or was of another migration.
+    ///
+    /// # Errors
+    /// When the state directory cannot be read or written.
+    pub fn resume_migration(
+        &self,
+        site: &SiteName,
+        migration: MigrationId,
+    ) -> io::Result<BlockSet> {
+        let full = BlockSet::full(self.size().blocks());
+        let Some(record) = self.record() else {
+            return Ok(full);
+        };
+        if record.is_replica() {
+            return Ok(BlockSet::new(self.size().blocks()));
+        }
+        let is_of_it = record.baseline.is_some_and(|b| b.migration == migration);
+        if is_of_it && let Some(unacked) = self.unacked()? {
+            return Ok(unacked);
+        }
+        if let Ownership::Owner { .. } = record.ownership {
+            drop(self.begin_migration(site, migration)?);
+        }
+        Ok(full)
+    }
+
+    /// Marks what the guest writes from now on, with a record of what somebody may lack: `unacked`, or anything if that is
+    /// `None`.
     ///
     /// # Errors
     /// When the state directory cannot be written. Nothing is marked then.

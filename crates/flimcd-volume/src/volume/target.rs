@@ -64,6 +64,8 @@ pub enum ApplyData<'a> {
     Bytes(&'a [u8]),
     /// All zero.
     Zeroes,
+    /// What stands in the image already is right.
+    Kept,
 }
 
 /// What became of content that arrived, in blocks.
@@ -94,7 +96,7 @@ impl Volume {
         let bytes = range.bytes(self.size());
         let is_long = match data {
             ApplyData::Bytes(data) => data.len() as u64 == bytes.len(),
-            ApplyData::Zeroes => true,
+            ApplyData::Zeroes | ApplyData::Kept => true,
         };
         if range.is_empty() || range.end > self.size().blocks() || !is_long {
             return Err(io::Error::new(
@@ -135,6 +137,7 @@ impl Volume {
         for run in &plan.write {
             let bytes = run.bytes(self.size());
             match data {
+                ApplyData::Kept => {}
                 ApplyData::Zeroes => self.device.write_zeroes(bytes, true)?,
                 ApplyData::Bytes(data) => {
                     let part = |at: u64| usize::try_from(at - base).map_err(io::Error::other);
@@ -278,6 +281,11 @@ impl Volume {
         };
         self.sync()?;
         if let Some(durable) = &self.durable {
+            // What the guest writes here from now on is what the copy at the source lacks. Before the record names that.
+            let nothing = BlockSet::new(self.size().blocks());
+            let mut unacked = durable.unacked.lock();
+            *unacked = Some(durable.state().create_unacked(&nothing)?);
+            drop(unacked);
             let files = MissingFiles::create(&durable.state(), epoch, missing)?;
             *durable.missing() = Some(files);
         }
@@ -297,6 +305,7 @@ impl Volume {
             ));
         }
         self.store_ownership(ownership)?;
+        self.drop_unacked()?;
         if let Some(durable) = &self.durable {
             *durable.missing() = None;
             durable.state().remove_missing()?;
@@ -310,21 +319,13 @@ impl Volume {
     /// # Panics
     /// As [`Rules::start_postcopy`](crate::rules::Rules::start_postcopy).
     pub fn start_postcopy(&self, missing: BlockSet) {
-        self.core.change(|core| core.rules.start_postcopy(missing));
-    }
-
-    /// A volume that moved away comes back: makes the record say so, and parks guest requests until the switch.
-    ///
-    /// # Errors
-    /// When the disk fails.
-    ///
-    /// # Panics
-    /// As [`Rules::enter_incoming`](crate::rules::Rules::enter_incoming).
-    pub fn enter_incoming(&self, ownership: Ownership) -> io::Result<()> {
-        self.set_ownership(ownership)?;
-        self.drop_unacked()?;
-        self.core.change(|core| core.rules.enter_incoming());
-        Ok(())
+        let is_durable = self.durable.is_some();
+        self.core.change(|core| {
+            if is_durable {
+                core.rules.start_tracking();
+            }
+            core.rules.start_postcopy(missing);
+        });
     }
 
     /// Blocks that a guest waits for, each once until [`requeue_faults`](Self::requeue_faults).

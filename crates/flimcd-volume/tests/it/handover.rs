@@ -9,8 +9,8 @@ use flimcd_volume::{
 use tempfile::TempDir;
 
 use super::{
-    MIGRATION, arriving, ask, block_of, create, flush, incoming, open, owner, read, set, volumes,
-    write,
+    MIGRATION, arriving, ask, begin, block_of, create, flush, incoming, open, owner, read, set,
+    volumes, write,
 };
 use flimcd_volume::{GuestError, RequestKind};
 
@@ -56,7 +56,7 @@ fn a_whole_migration_with_restarts() {
     for block in 0..8 {
         write(&mut guest, block, 100 + block);
     }
-    let data = source.start_tracking_fresh().unwrap();
+    let data = begin(&source);
     assert_eq!(data, set(BLOCKS, &[(0, 8)]));
     assert_eq!(source.unacked().unwrap().unwrap(), data);
     let target = create(there.path(), BLOCKS, incoming());
@@ -175,7 +175,7 @@ fn a_whole_migration_with_restarts() {
 fn a_cancelled_migration_leaves_an_ordinary_owner() {
     let here = tempfile::tempdir().unwrap();
     let source = create(here.path(), BLOCKS, owner(1));
-    source.start_tracking_fresh().unwrap();
+    begin(&source);
     source.freeze();
     source.set_ownership(prepared(1)).unwrap();
     source.thaw();

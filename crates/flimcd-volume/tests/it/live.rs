@@ -11,7 +11,7 @@ use flimcd_volume::{
     rules::Mode,
 };
 
-use super::{MIGRATION, arriving, create, incoming, owner, wait};
+use super::{MIGRATION, arriving, begin, create, incoming, owner, wait};
 
 const BLOCKS: u64 = 64;
 /// Guests write and check halves of blocks, so that writes merge with what arrives.
@@ -126,7 +126,7 @@ fn precopy(
     progress: &mpsc::Receiver<()>,
     requests: usize,
 ) -> BlockSet {
-    let mut pending = source.start_tracking_fresh().unwrap();
+    let mut pending = begin(source);
     for _ in 0..requests {
         progress.recv().unwrap();
         pending.union_with(&source.take_dirty());

@@ -4,6 +4,7 @@ mod handover;
 mod killed;
 mod lifecycle;
 mod live;
+mod replica;
 
 use std::{
     path::Path,
@@ -77,6 +78,17 @@ fn open(dir: &Path) -> Arc<Volume> {
     let name = "vm".parse().unwrap();
     let _no_forks = no_forks();
     Volume::open(&volumes(dir), &name, &OpenOptions::default()).unwrap()
+}
+
+/// Begins a migration to a target with zeroes: what it lacks.
+fn begin(volume: &Volume) -> BlockSet {
+    let site = "east".parse().unwrap();
+    let data = volume.begin_migration(&site, MIGRATION).unwrap().data;
+    let mut clean = BlockSet::full(data.capacity());
+    clean.subtract(&data);
+    let clean: Vec<_> = clean.runs().collect();
+    volume.mark_clean(&clean).unwrap();
+    data
 }
 
 fn set(blocks: u64, ranges: &[(u64, u64)]) -> BlockSet {

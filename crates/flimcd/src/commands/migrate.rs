@@ -29,6 +29,7 @@ pub(crate) async fn run(args: &MigrateArgs) -> anyhow::Result<ExitCode> {
         },
         compress: args.compress,
         library: args.library,
+        keep_replica: args.keep_replica,
     };
     let status = client.migrate(&args.volume, &request).await?;
     if args.wait {

@@ -123,7 +123,7 @@ pub(crate) fn table(volumes: &[VolumeInfo]) -> String {
             volume.name.to_string(),
             format::bytes(volume.size_bytes),
             format::bytes(volume.allocated_bytes),
-            volume.ownership.to_string(),
+            state(volume),
             volume.epoch.to_string(),
             volume.peer.as_ref().map_or_else(none, ToString::to_string),
             volume.guest_connections.to_string(),
@@ -134,6 +134,14 @@ pub(crate) fn table(volumes: &[VolumeInfo]) -> String {
         ]);
     }
     table.to_string()
+}
+
+/// What it is here, in a word.
+fn state(volume: &VolumeInfo) -> String {
+    match volume.replica {
+        Some(_) => "replica".to_owned(),
+        None => volume.ownership.to_string(),
+    }
 }
 
 fn details(volume: &VolumeInfo) -> String {
@@ -153,7 +161,7 @@ fn details(volume: &VolumeInfo) -> String {
         ("on disk", format::bytes(volume.allocated_bytes)),
         (
             "state",
-            format!("{}, epoch {}", volume.ownership, volume.epoch),
+            format!("{}, epoch {}", state(volume), volume.epoch),
         ),
         (
             "peer",

@@ -140,6 +140,7 @@ impl Run<'_> {
             switchover: Switchover::Auto,
             compress: Some(compress),
             library: Some(self.strategy.uses_base()),
+            keep_replica: None,
         };
         let mut progress = Progress::new(format!("{:>12}", self.strategy.name()));
         let bytes_before = world.wan.bytes().both();

@@ -72,6 +72,7 @@ impl Agent {
             switchover: Switchover::Manual,
             compress: None,
             library: None,
+            keep_replica: None,
         };
         if let Err(error) = self.begin_migration(volumes, disks, Some(record.id)).await {
             let (store, id) = (self.moves_store.clone(), record.id);

@@ -20,7 +20,7 @@ mod uring;
 use std::{
     fs::File,
     io,
-    os::unix::fs::FileExt,
+    os::unix::fs::{FileExt, MetadataExt},
     path::PathBuf,
     sync::{
         Arc,
@@ -122,6 +122,15 @@ impl FileDevice {
     #[must_use]
     pub fn has_locks(&self) -> bool {
         self.shared.locked.load(Ordering::Acquire)
+    }
+
+    /// Device and inode number of the file that is open, which need not be at its path any more.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn file_number(&self) -> io::Result<(u64, u64)> {
+        let found = self.shared.main.metadata()?;
+        Ok((found.dev(), found.ino()))
     }
 
     /// The path it was opened by.

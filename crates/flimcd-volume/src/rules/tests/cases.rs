@@ -542,3 +542,38 @@ fn every_mutation_breaks_something() {
         );
     }
 }
+
+#[test]
+fn writes_after_the_switch_are_marked_and_what_arrives_is_not() {
+    let mut rules = Rules::new(size(), Mode::Incoming);
+    rules.start_tracking();
+    apply(&mut rules, 0, 1);
+    rules.start_postcopy(set(&[(2, 6)]));
+    apply(&mut rules, 2, 3);
+    let ticket = go(&mut rules, GuestOp::Write, inside(0));
+    rules.finish(ticket, Outcome::Done);
+    let Admission::Parked { ticket } = rules.begin(GuestOp::Write, inside(4)) else {
+        panic!("a part of a missing block waits")
+    };
+    assert_eq!(rules.dirty(), set(&[(0, 1)]), "not before it runs");
+    apply(&mut rules, 4, 5);
+    assert_eq!(woken(&mut rules), [ticket]);
+    assert_eq!(rules.dirty(), set(&[(0, 1), (4, 5)]));
+    rules.finish(ticket, Outcome::Done);
+}
+
+#[test]
+fn a_way_back_that_is_given_up_refuses_its_guests() {
+    let mut rules = Rules::new(size(), Mode::Released);
+    rules.enter_incoming();
+    let Admission::Parked { .. } = rules.begin(GuestOp::Read, inside(1)) else {
+        panic!("parked until the switch")
+    };
+    rules.leave_incoming();
+    let refused = Admission::Refused(Refusal::Moved);
+    assert_eq!(
+        rules.poll_woken().map(|(_, admission)| admission),
+        Some(refused)
+    );
+    assert_eq!(rules.begin(GuestOp::Read, inside(1)), refused);
+}
