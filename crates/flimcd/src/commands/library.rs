@@ -4,7 +4,6 @@ use std::{process::ExitCode, time::Duration};
 
 use anyhow::Context as _;
 use flimcd_agent::api::{AddLibraryImage, Client, LibraryImage, LibraryState};
-use flimcd_core::VolumeName;
 use flimcd_lab::report::{Align, Table};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::IsTerminal as _;
@@ -161,10 +160,11 @@ async fn conclude(
     Ok(ExitCode::SUCCESS)
 }
 
-/// Follows an image until it has been read; `None` after Ctrl-C.
+/// Follows an image, and the rest of its backing chain, until all of it has been read; `None` after Ctrl-C. Of a chain that cannot be
+/// used it is the part that says why.
 async fn read(
     client: &Client,
-    mut image: LibraryImage,
+    image: LibraryImage,
     quiet: bool,
 ) -> anyhow::Result<Option<LibraryImage>> {
     let mut interrupts = signal(SignalKind::interrupt()).context("Ctrl-C cannot be watched")?;
@@ -175,25 +175,43 @@ async fn read(
         bar.set_prefix(image.name.to_string());
         bar
     });
-    let name: VolumeName = image.name.clone();
-    while image.state == LibraryState::Scanning {
+    let name = image.name;
+    let chain = loop {
+        let mut chain = vec![client.library_image(&name).await?];
+        let others = client.library().await?.into_iter();
+        chain.extend(others.filter(|other| other.part_of.as_ref() == Some(&name)));
+        if let Some(bar) = &bar {
+            bar.set_length(chain.iter().map(|part| part.size_bytes).sum());
+            bar.set_position(chain.iter().map(|part| part.scanned_bytes).sum());
+        }
+        if chain
+            .iter()
+            .all(|part| part.state != LibraryState::Scanning)
+        {
+            break chain;
+        }
         tokio::select! {
             () = tokio::time::sleep(POLL) => {}
             _ = interrupts.recv() => return Ok(None),
         }
-        image = client.library_image(&name).await?;
-        if let Some(bar) = &bar {
-            bar.set_position(image.scanned_bytes);
-        }
-    }
+    };
     if let Some(bar) = bar {
         bar.finish_and_clear();
     }
-    Ok(Some(image))
+    let unusable = chain.iter().find(|part| part.state != LibraryState::Ready);
+    Ok(unusable.or(chain.first()).cloned())
 }
 
 fn owner(image: &LibraryImage) -> String {
     image.tenant.clone().unwrap_or_else(|| "public".to_owned())
+}
+
+/// What it is, and of what.
+fn kind(image: &LibraryImage) -> String {
+    match &image.part_of {
+        Some(whole) => format!("backing file of {whole}"),
+        None => image.kind.to_string(),
+    }
 }
 
 fn state(image: &LibraryImage) -> String {
@@ -213,6 +231,7 @@ fn table(images: &[LibraryImage]) -> String {
     }
     let mut table = Table::new([
         ("IMAGE", Align::Left),
+        ("KIND", Align::Left),
         ("SIZE", Align::Right),
         ("DATA", Align::Right),
         ("STATE", Align::Left),
@@ -222,6 +241,7 @@ fn table(images: &[LibraryImage]) -> String {
     for image in images {
         table.row([
             image.name.to_string(),
+            kind(image),
             format::bytes(image.size_bytes),
             image
                 .data_bytes
@@ -238,6 +258,7 @@ fn details(image: &LibraryImage) -> String {
     let none = || "–".to_owned();
     let lines = [
         ("name", image.name.to_string()),
+        ("kind", kind(image)),
         ("state", state(image)),
         ("problem", image.problem.clone().unwrap_or_else(none)),
         ("tenant", owner(image)),

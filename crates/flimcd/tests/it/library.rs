@@ -51,9 +51,12 @@ fn an_image_is_added_used_verified_and_removed() {
             .ok()
             .contains("stays")
     );
-    assert_eq!(
-        target.json(&["library", "list", "--json"]),
-        serde_json::json!([])
+    let left = target.json(&["library", "list", "--json"]);
+    let left = left.as_array().unwrap();
+    // Volumes are there by themselves.
+    assert!(
+        left.iter().all(|image| image["kind"] != "image"),
+        "{left:?}"
     );
 }
 
@@ -66,7 +69,7 @@ fn what_is_no_image_is_refused_with_the_way_out() {
     let disk = disk.to_str().unwrap();
     target
         .run(&["library", "add", disk])
-        .fails_with(&["qcow2", "qemu-img convert -O raw"]);
+        .fails_with(&["disk.qcow2", "qemu-img"]);
     target
         .run(&["library", "add", "/nowhere/at-all.raw"])
         .fails_with(&["/nowhere/at-all.raw", "check the path"]);
