@@ -18,7 +18,8 @@ use flimcd_core::{Epoch, InvalidSize, MigrationId, SiteName, VolumeLayout};
 use flimcd_migrate::{TargetConfig, TargetStart};
 use flimcd_volume::Ownership;
 use flimcd_wire::{
-    Accept, Base, ErrorCode, Message, Open, SeqRuns, SourceStage, TargetStage, VmOpen, WireError,
+    Accept, Base, ErrorCode, Message, Open, PlanOpen, SeqRuns, SourceStage, TargetStage, VmOpen,
+    WireError,
 };
 use std::sync::Arc;
 
@@ -64,6 +65,17 @@ impl Admit for Agent {
                 agent.vm_opened(&link, id, open, inbox).await;
             }
         });
+    }
+
+    fn admit_plan(
+        self: Arc<Self>,
+        link: &Arc<PeerLink>,
+        id: MigrationId,
+        open: PlanOpen,
+        inbox: Inbox,
+    ) {
+        let (agent, link) = (self.clone(), link.clone());
+        self.spawn(agent.answer_plan(link, id, open, inbox));
     }
 
     fn cancel_switch(self: Arc<Self>, link: &Arc<PeerLink>, id: MigrationId, epoch: Epoch) {

@@ -32,6 +32,7 @@ use crate::{
     library::Library,
     links::PeerLink,
     migration::{hooks::Sessions, progress::unix_ms, settle::settle_all, store::Store},
+    plan::Plans,
     registry::Registry,
     vm::{
         CareState, Vms,
@@ -52,6 +53,7 @@ pub(crate) struct Agent {
     pub(crate) moves_store: SessionStore,
     pub(crate) registry: Registry,
     pub(crate) library: Arc<Library>,
+    pub(crate) plans: Plans,
     /// Those who move machines, and wait for what happens to their disks.
     pub(crate) sessions: Arc<Sessions>,
     endpoint: Endpoint,
@@ -226,6 +228,7 @@ pub async fn start(config: Config) -> Result<RunningAgent, StartError> {
         moves_store,
         registry: Registry::default(),
         library: Arc::new(library),
+        plans: Plans::default(),
         sessions: Arc::default(),
         endpoint,
         dialled: Mutex::default(),

@@ -27,6 +27,7 @@ mod library;
 mod links;
 mod migration;
 mod ops;
+mod plan;
 mod records;
 mod registry;
 mod replicas;

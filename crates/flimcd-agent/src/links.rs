@@ -11,7 +11,7 @@
 
 use flimcd_core::{Epoch, MigrationId, SiteName};
 use flimcd_link::{Credit, LinkEvent, LinkHandle};
-use flimcd_wire::{Class, Frame, Message, Open, VmMessage, VmOpen};
+use flimcd_wire::{Class, Frame, Message, Open, PlanOpen, VmMessage, VmOpen};
 use std::{
     collections::{HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -41,6 +41,15 @@ pub(crate) trait Admit: Send + Sync + 'static {
     /// A peer wants to move a machine here, or goes on with that. The inbox is registered already and holds what has
     /// come.
     fn admit_vm(self: Arc<Self>, link: &Arc<PeerLink>, id: MigrationId, open: VmOpen, inbox: Inbox);
+
+    /// A peer wants to know what a migration would cost. The inbox is registered already.
+    fn admit_plan(
+        self: Arc<Self>,
+        link: &Arc<PeerLink>,
+        id: MigrationId,
+        open: PlanOpen,
+        inbox: Inbox,
+    );
 
     /// A peer wants `epoch` back, in a migration that no driver waits for.
     fn cancel_switch(self: Arc<Self>, link: &Arc<PeerLink>, id: MigrationId, epoch: Epoch);
@@ -185,6 +194,11 @@ impl PeerLink {
                 }
                 drop(routes);
                 admit.clone().admit_vm(self, id, open, inbox);
+            }
+            Message::PlanOpen(open) => {
+                let inbox = routes.register(id);
+                drop(routes);
+                admit.clone().admit_plan(self, id, open, inbox);
             }
             Message::CancelSwitch { epoch } => {
                 drop(routes);

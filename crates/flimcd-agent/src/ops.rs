@@ -140,6 +140,7 @@ impl Agent {
         status.strategy = Some(request.strategy);
         status.switchover = Some(request.switchover);
         status.session = session;
+        status.planned = self.plans.planned(&status.volumes, &request);
         let record = MigrationRecord::new(
             Role::Source,
             moved.collect(),

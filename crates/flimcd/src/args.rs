@@ -54,6 +54,8 @@ pub(crate) enum Command {
     Replica(ReplicaArgs),
     /// Print the socket that a guest finds a volume at
     Export(ExportArgs),
+    /// Say what moving volumes to another site would cost; nothing moves
+    Plan(PlanArgs),
     /// Move a volume to another site
     Migrate(MigrateArgs),
     /// Let a volume's migration switch to the target as soon as it is ready
@@ -355,6 +357,42 @@ Examples:
 pub(crate) struct ExportArgs {
     /// Name of the volume
     pub(crate) name: VolumeName,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) api: ApiArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  flimcd plan vm1 --to lisbon                        read all of it, and ask lisbon what is there
+  flimcd plan vm1 --to lisbon --bandwidth 50mbit     times for a link of that rate
+  flimcd plan vm1 --to lisbon --quick                look at 128 MiB of it, drawn at random
+  flimcd plan vm1 vm1-data --to lisbon --json
+
+Nothing moves, and nothing stays at the target. The volume is read beside the guest's path, and rests while the guest is \
+active. Ctrl-C ends it. `flimcd migrate --wait` shows the last plan beside what happened.")]
+pub(crate) struct PlanArgs {
+    /// Names of the volumes, which would move together
+    #[arg(required = true)]
+    pub(crate) volumes: Vec<VolumeName>,
+    /// The site to move them to, a peer in the agent's configuration
+    #[arg(long, value_name = "SITE")]
+    pub(crate) to: SiteName,
+    /// What the link carries: 50mbit, 6MB/s…; as measured if left out
+    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    pub(crate) bandwidth: Option<u64>,
+    /// Look at a sample, and say how far off the figures may be
+    #[arg(long)]
+    pub(crate) quick: bool,
+    /// Pieces of 256 KiB in the sample; 512 if left out
+    #[arg(long, value_name = "N", requires = "quick", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) sample: Option<u32>,
+    /// Watch what the guest writes for so many seconds at least
+    #[arg(long, value_name = "SECONDS", default_value_t = 3)]
+    pub(crate) watch: u32,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,

@@ -45,6 +45,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Replica(args) => commands::block_on(commands::replica::run(&args)),
         Command::Library(args) => commands::block_on(commands::library::run(&args)),
         Command::Export(args) => commands::block_on(commands::volume::export(&args)),
+        Command::Plan(args) => commands::block_on(commands::plan::run(&args)),
         Command::Migrate(args) => commands::block_on(commands::migrate::run(&args)),
         Command::Switchover(args) => commands::block_on(commands::migrate::switchover(&args)),
         Command::Cancel(args) => commands::block_on(commands::migrate::cancel(&args)),

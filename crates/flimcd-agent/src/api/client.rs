@@ -15,6 +15,7 @@ use std::{
 use tokio::net::UnixStream;
 
 use super::{
+    plan::{PlanRequest, PlanStatus},
     types::{
         AddLibraryImage, CreateVolume, ErrorBody, ExportInfo, ImportVolume, LibraryImage,
         MigrateRequest, MigrateTogether, MigrationStatus, RemovedVolume, Status, VolumeInfo,
@@ -348,6 +349,39 @@ impl Client {
         name: &VolumeName,
     ) -> Result<LibraryImage, ClientError> {
         self.post(&format!("/v1/library/{name}/verify"), &()).await
+    }
+
+    /// Begins to find out what a migration would cost.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn make_plan(&self, request: &PlanRequest) -> Result<PlanStatus, ClientError> {
+        self.post("/v1/plans", request).await
+    }
+
+    /// Plans that run or are remembered, oldest first.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn plans(&self) -> Result<Vec<PlanStatus>, ClientError> {
+        self.get("/v1/plans").await
+    }
+
+    /// One plan.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn plan(&self, id: MigrationId) -> Result<PlanStatus, ClientError> {
+        self.get(&format!("/v1/plans/{id}")).await
+    }
+
+    /// Ends a plan.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn cancel_plan(&self, id: MigrationId) -> Result<PlanStatus, ClientError> {
+        let path = format!("/v1/plans/{id}");
+        self.call(Method::DELETE, &path, Bytes::new()).await
     }
 
     async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {

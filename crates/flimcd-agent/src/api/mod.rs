@@ -1,6 +1,8 @@
 //! The agent's HTTP/JSON API over a unix socket: its types, and the client that the command line uses.
 
 pub mod client;
+pub mod plan;
+mod plan_server;
 pub(crate) mod server;
 pub mod types;
 pub mod vm;
@@ -8,6 +10,7 @@ pub mod vm_move;
 mod vm_server;
 
 pub use client::{Client, ClientError};
+pub use plan::*;
 pub use server::openapi_json;
 pub use types::*;
 pub use vm::*;

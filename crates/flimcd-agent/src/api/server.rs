@@ -22,7 +22,7 @@ use super::{
         MigrateRequest, MigrateTogether, MigrationStatus, RemoveQuery, RemovedVolume, Status, DropQuery,
         VolumeInfo,
     },
-    vm_server,
+    plan_server, vm_server,
 };
 use crate::agent::Agent;
 
@@ -89,7 +89,11 @@ pub fn openapi_json() -> String {
         add_library_image,
         library_image,
         remove_library_image,
-        verify_library_image
+        verify_library_image,
+        plan_server::plans,
+        plan_server::make_plan,
+        plan_server::plan,
+        plan_server::cancel_plan
     ),
     components(schemas(ErrorBody))
 )]
@@ -115,6 +119,7 @@ pub(crate) fn router(agent: Arc<Agent>) -> Router {
         )
         .route("/v1/library/{name}/verify", post(verify_library_image))
         .route("/v1/migrations/{id}", get(migration))
+        .merge(plan_server::routes())
         .merge(vm_server::routes())
         .fallback(unknown_path)
         .method_not_allowed_fallback(unknown_path)

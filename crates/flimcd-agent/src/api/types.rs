@@ -9,6 +9,8 @@ use serde::{Deserialize, Serialize};
 use std::{fmt, path::PathBuf, str::FromStr};
 use utoipa::ToSchema;
 
+use super::Planned;
+
 /// `GET /v1/status`: the agent and everything it has at hand.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Status {
@@ -102,7 +104,9 @@ pub struct ReplicaInfo {
 }
 
 /// Query of `DELETE /v1/replicas/{name}`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::IntoParams)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::IntoParams,
+)]
 #[serde(deny_unknown_fields)]
 pub struct DropQuery {
     /// Leave the image file.
@@ -426,6 +430,9 @@ pub struct MigrationStatus {
     pub error: Option<String>,
     /// What the machines reported on the way, newest last, at most 32.
     pub notes: Vec<String>,
+    /// What the last plan of the same volumes and site expected; only the source knows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub planned: Option<Planned>,
 }
 
 impl MigrationStatus {

@@ -62,6 +62,7 @@ pub(crate) fn fresh_status(
         downtime_ms: None,
         error: None,
         notes: Vec::new(),
+        planned: None,
     }
 }
 

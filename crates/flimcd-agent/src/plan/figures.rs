@@ -171,6 +171,9 @@ pub(super) fn summarise(status: &mut PlanStatus, request: &PlanRequest, summary:
     if status.rate_bytes_per_sec.is_none() {
         let note = "nothing was sent over the link yet that tells its rate: give one with --bandwidth for times";
         status.notes.push(note.to_owned());
+    } else if !status.rate_is_given {
+        let note = "the rate is what the link carried lately, which is less than it could where little was sent: give one with --bandwidth";
+        status.notes.push(note.to_owned());
     }
     let content_blocks = summary.blocks.saturating_sub(content.zero_blocks);
     status.estimates = estimate(&Facts {

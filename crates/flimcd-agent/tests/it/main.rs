@@ -13,6 +13,7 @@ mod guest;
 mod library;
 mod migrate;
 mod mixed;
+mod plan;
 mod proxy;
 mod refuse;
 mod replica;

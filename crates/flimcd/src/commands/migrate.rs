@@ -8,7 +8,7 @@ use flimcd_core::{MigrationId, VolumeName};
 use super::{
     client,
     follow::{End, Follow, Followed},
-    print_json,
+    plan, print_json,
 };
 use crate::{
     args::{MigrateArgs, OneVolumeArgs, SwitchoverArg},
@@ -128,6 +128,9 @@ fn finish(json: bool, status: &MigrationStatus, cancelled: bool) -> anyhow::Resu
         Phase::Completed => {
             if !json {
                 println!("{}", summary(status));
+                if let Some(table) = plan::beside(status) {
+                    print!("{table}");
+                }
             }
             Ok(ExitCode::SUCCESS)
         }

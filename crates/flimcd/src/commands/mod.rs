@@ -8,6 +8,7 @@ pub(crate) mod follow;
 pub(crate) mod library;
 pub(crate) mod migrate;
 pub(crate) mod pki;
+pub(crate) mod plan;
 pub(crate) mod replica;
 pub(crate) mod sim;
 pub(crate) mod status;
