@@ -94,7 +94,11 @@ impl Sources {
                     if found.is_none() {
                         return Ok(Written::Lacking);
                     }
-                    write_found(volume, within.range, &tools.buffer)?;
+                    if seeds.is_in_place(entry.range) {
+                        volume.apply(within.range, ApplyData::Kept)?;
+                    } else {
+                        write_found(volume, within.range, &tools.buffer)?;
+                    }
                 }
                 Decoded::Copy(expected) => {
                     let buffer = &mut tools.buffer;
