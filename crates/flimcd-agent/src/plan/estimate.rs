@@ -255,7 +255,7 @@ mod tests {
                 let (moves, total, down) = (e.moves_s.unwrap(), e.total_s.unwrap(), e.downtime_ms.unwrap());
                 prop_assert!(moves.is_finite() && moves <= total + 1e-9, "{:?}", e);
                 prop_assert!(down >= facts.rtt_s * 1000.0 && down / 1000.0 <= moves + 1e-9, "{:?}", e);
-                prop_assert!(e.misses.unwrap() <= (facts.volume_bytes / 65536.0).ceil() as u64, "{:?}", e);
+                prop_assert!(e.misses.unwrap() as f64 <= (facts.volume_bytes / 65536.0).ceil(), "{:?}", e);
                 // Nothing is sent faster than the link carries.
                 let carried = total * facts.bytes_per_sec.unwrap();
                 prop_assert!(e.bytes_on_link as f64 <= carried * 1.001 + 1.0, "{:?}", e);

@@ -321,7 +321,7 @@ impl Maker {
                     };
                     let looked = state.asked.remove(&probed.seq);
                     let looked = looked.ok_or_else(|| self.confused())?;
-                    let probed = state.also_repeated(&looked, probed);
+                    let probed = state.also_repeated(&looked, &probed);
                     state.to_pack.push_back((looked, Some(probed)));
                 }
                 () = tokio::time::sleep_until(state.read_after), if rests => {}
@@ -399,7 +399,7 @@ impl Compare {
     }
 
     /// Adds to what the target has what will have come there by then.
-    fn also_repeated(&mut self, looked: &Looked, probed: Probed) -> Probed {
+    fn also_repeated(&mut self, looked: &Looked, probed: &Probed) -> Probed {
         let probe = looked.examined.probe(looked.seq);
         let had: Vec<BlockRange> = probed.had.iter().collect();
         let is_had = |block: BlockIndex| had.iter().any(|run| run.contains(block));
