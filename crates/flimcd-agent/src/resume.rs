@@ -179,14 +179,13 @@ impl Agent {
             .filter_map(|volume| self.hosting.by_id(volume.id))
             .collect();
         // A copy that this arrival was to be written over, and did not get to.
-        let is_untouched = |hosted: &Arc<Hosted>| {
-            record.role == Role::Target && hosted.record().is_replica()
-        };
+        let is_untouched =
+            |hosted: &Arc<Hosted>| record.role == Role::Target && hosted.record().is_replica();
         if found.len() < record.volumes.len() || found.iter().any(is_untouched) {
             // Only what no guest has seen may be thrown away.
-            let are_empty = found.iter().all(|hosted| {
-                hosted.state() == OwnershipState::Incoming || is_untouched(hosted)
-            });
+            let are_empty = found
+                .iter()
+                .all(|hosted| hosted.state() == OwnershipState::Incoming || is_untouched(hosted));
             return Err(if record.role == Role::Target && are_empty {
                 Unusable::NotBorn
             } else {

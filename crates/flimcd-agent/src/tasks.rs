@@ -74,7 +74,8 @@ async fn run_source(
         };
         tokio::task::spawn_blocking(prepare).await
     };
-    let (start, sample, bases) = match prepared.unwrap_or_else(|panic| Err(io::Error::other(panic))) {
+    let (start, sample, bases) = match prepared.unwrap_or_else(|panic| Err(io::Error::other(panic)))
+    {
         Ok(prepared) => prepared,
         Err(error) if is_fresh => {
             let why = format!("finding the data of the volume failed: {error}");

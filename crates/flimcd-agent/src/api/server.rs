@@ -17,12 +17,13 @@ use std::{str::FromStr, sync::Arc};
 use utoipa::OpenApi;
 
 use super::{
+    plan_server,
     types::{
-        AddLibraryImage, ApiCode, CreateVolume, ErrorBody, ExportInfo, ImportVolume, LibraryImage,
-        MigrateRequest, MigrateTogether, MigrationStatus, RemoveQuery, RemovedVolume, Status, DropQuery,
-        VolumeInfo,
+        AddLibraryImage, ApiCode, CreateVolume, DropQuery, ErrorBody, ExportInfo, ImportVolume,
+        LibraryImage, MigrateRequest, MigrateTogether, MigrationStatus, RemoveQuery, RemovedVolume,
+        Status, VolumeInfo,
     },
-    plan_server, vm_server,
+    vm_server,
 };
 use crate::agent::Agent;
 
@@ -70,7 +71,8 @@ pub fn openapi_json() -> String {
         create_volume,
         import_volume,
         volume,
-        remove_volume, drop_replica,
+        remove_volume,
+        drop_replica,
         export,
         migrate,
         switchover,

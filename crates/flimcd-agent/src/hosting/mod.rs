@@ -27,8 +27,8 @@ use crate::{
     error::{StartError, refuse},
     ops::not_owner,
 };
-pub(crate) use hosted::{Hosted, allocated};
 use hosted::state_of;
+pub(crate) use hosted::{Hosted, allocated};
 pub(crate) use in_use::ImageLocks;
 
 /// A volume's name that would make its export's socket that of the API.

@@ -69,7 +69,7 @@ async fn start_again(world: &mut World) -> (RunningAgent, RunningAgent) {
 
 /// Writes random blocks through the export; returns what the disk has then.
 fn write_blocks(site: &Site, model: &mut [u8], blocks: &[usize], seed: u64) {
-    let mut client = Nbd::connect_unix(&site.socket("vm"), "vm").unwrap();
+    let mut client = Nbd::connect_unix(site.socket("vm"), "vm").unwrap();
     let mut rng = Rng(seed | 1);
     for &block in blocks {
         let part = &mut model[block * 4096..][..4096];
@@ -83,7 +83,7 @@ fn write_blocks(site: &Site, model: &mut [u8], blocks: &[usize], seed: u64) {
 }
 
 fn check(site: &Site, model: &[u8]) {
-    let mut client = Nbd::connect_unix(&site.socket("vm"), "vm").unwrap();
+    let mut client = Nbd::connect_unix(site.socket("vm"), "vm").unwrap();
     let mut got = vec![0; model.len()];
     for (at, part) in got.chunks_mut(MIB).enumerate() {
         client.read((at * MIB) as u64, part).unwrap();
@@ -102,7 +102,7 @@ async fn make(world: &World, bytes: usize, seed: u64) -> Vec<u8> {
         tenant: None,
     };
     world.source.client().create_volume(&request).await.unwrap();
-    let mut client = Nbd::connect_unix(&world.source.socket("vm"), "vm").unwrap();
+    let mut client = Nbd::connect_unix(world.source.socket("vm"), "vm").unwrap();
     for (at, part) in model.chunks(65536).enumerate() {
         if part.iter().any(|&byte| byte != 0) {
             client.write((at * 65536) as u64, part, false).unwrap();
@@ -331,7 +331,7 @@ async fn the_oldest_copies_go_when_there_are_too_many() {
             tenant: None,
         };
         alpha.create_volume(&request).await.unwrap();
-        let mut client = Nbd::connect_unix(&world.source.socket(volume), volume).unwrap();
+        let mut client = Nbd::connect_unix(world.source.socket(volume), volume).unwrap();
         client.write(0, &vec![7; 3 * MIB / 2], false).unwrap();
         client.disconnect().unwrap();
         let request = to_beta(Strategy::Flimcd, AUTO);

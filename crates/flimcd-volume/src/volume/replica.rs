@@ -55,14 +55,15 @@ pub(super) fn unseal(state: &mut StateDir) -> Result<(), StateError> {
     let mut record = state.record().clone();
     record.sealed = None;
     let found = ImageIdentity::of(&record.image).ok().flatten();
-    if found != Some(sealed) && matches!(record.ownership, Ownership::Owner { .. }) {
-        if let Some(baseline) = record.baseline.take() {
-            tracing::warn!(
-                volume = %record.name, image = %record.image.display(),
-                "the image was changed while no agent had it: what the copy at site {} lacks is not known any more, so the \
-                 next migration there compares everything", baseline.site
-            );
-        }
+    if found != Some(sealed)
+        && matches!(record.ownership, Ownership::Owner { .. })
+        && let Some(baseline) = record.baseline.take()
+    {
+        tracing::warn!(
+            volume = %record.name, image = %record.image.display(),
+            "the image was changed while no agent had it: what the copy at site {} lacks is not known any more, so the \
+             next migration there compares everything", baseline.site
+        );
     }
     // The record first: without a baseline the bits mean nothing.
     state.store(record)?;
