@@ -247,6 +247,10 @@ pub(crate) struct ReplicaArgs {
 #[derive(Debug, Subcommand)]
 pub(crate) enum ReplicaCommand {
     /// Show all copies
+    #[command(after_help = "\
+Examples:
+  flimcd replica list
+  flimcd replica list --json | jq '.[].name'")]
     List {
         /// Print JSON
         #[arg(long)]
@@ -255,6 +259,12 @@ pub(crate) enum ReplicaCommand {
         api: ApiArgs,
     },
     /// Drop a copy and delete its image; an image that was imported stays
+    #[command(after_help = "\
+Examples:
+  flimcd replica drop vm-1
+  flimcd replica drop vm-1 --keep-image
+
+The volume itself, at the site that owns it, is not touched. When it comes back, all of it is sent.")]
     Drop {
         /// Name of the volume
         name: VolumeName,
