@@ -222,6 +222,22 @@ impl World {
         }
     }
 
+    /// The target gives the disks back as plain files, with the agent out of the way, soon after the move.
+    fn wait_released(&self) {
+        let target = Client::new(self.agents.at(Side::B).api_socket());
+        let start = Instant::now();
+        while !self.runtime.block_on(target.vms()).unwrap().is_empty() {
+            assert!(
+                start.elapsed() < PATIENCE,
+                "{}",
+                self.agents.at(Side::B).log()
+            );
+            std::thread::sleep(POLL);
+        }
+        let volumes = self.runtime.block_on(target.volumes()).unwrap();
+        assert!(volumes.is_empty(), "{volumes:#?}");
+    }
+
     /// The guest is at the source, whole, and nothing of it runs at the target.
     fn check_stayed(&self) {
         self.check_guest();
@@ -251,18 +267,7 @@ fn two_disks_and_memory_move_under_load_and_are_released() {
         "memory is packed"
     );
     assert!(status.downtime_ms.is_some());
-    // Given back as plain files, with the agent out of the way.
-    let target = Client::new(world.agents.at(Side::B).api_socket());
-    let start = Instant::now();
-    while !world.runtime.block_on(target.vms()).unwrap().is_empty() {
-        assert!(
-            start.elapsed() < PATIENCE,
-            "{}",
-            world.agents.at(Side::B).log()
-        );
-        std::thread::sleep(POLL);
-    }
-    assert!(world.runtime.block_on(target.volumes()).unwrap().is_empty());
+    world.wait_released();
     world.agents.at(Side::B).kill();
     world.check_moved();
 }
@@ -276,6 +281,7 @@ fn a_qcow2_disk_moves_and_finds_its_backing_file() {
     world.begin(true);
     let status = world.wait_end();
     assert_eq!(status.phase, VmPhase::Completed, "{status:#?}");
+    world.wait_released();
     world.check_moved();
 }
 
