@@ -34,6 +34,17 @@ const ARROWS: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "flimcd-strategies",
+        &[
+            "flimcd-core",
+            "flimcd-wire",
+            "flimcd-content",
+            "flimcd-migrate",
+            "flimcd-volume",
+            "flimcd-lab",
+        ],
+    ),
+    (
         "flimcd-agent",
         &[
             "flimcd-core",

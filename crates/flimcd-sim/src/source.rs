@@ -71,7 +71,8 @@ impl World {
             epoch: EPOCH,
             incarnation: self.dice.next(),
         };
-        let policy = policy::by_name(self.plan.strategy).expect("a strategy that there is");
+        let policy = policy::by_name(self.plan.strategy, &policy::PolicyOptions::default())
+            .expect("a strategy that there is");
         self.trace(|| format!("source machine: {start:?}"));
         let mut machine = SourceMachine::new(config, policy, start, self.now);
         machine.set_sample(self.sample());

@@ -1,7 +1,7 @@
 //! From what was asked for to a policy.
 
 use flimcd_core::BlockRange;
-use flimcd_migrate::policy::{Policy, View, by_name};
+use flimcd_migrate::policy::{Policy, PolicyOptions, View, by_name};
 
 use crate::api::Strategy;
 
@@ -15,7 +15,7 @@ pub(crate) fn choose_policy(
         (Strategy::Precopy, Some(true)) => "precopy-zstd",
         (strategy, _) => strategy.name(),
     };
-    let policy = by_name(name).ok()?;
+    let policy = by_name(name, &PolicyOptions::default()).ok()?;
     let compress = compress.unwrap_or(policy.compress());
     let library = library.unwrap_or(policy.uses_library());
     Some(Box::new(WithChoices {

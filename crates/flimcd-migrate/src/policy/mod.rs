@@ -8,12 +8,75 @@ mod cursor;
 mod flimcd;
 mod postcopy;
 mod precopy;
+mod switch_at;
 
-use std::time::Duration;
+use std::{str::FromStr, time::Duration};
 
 use flimcd_core::{BlockRange, BlockSet, Heat, Time, VolumeSize};
 
 use crate::LinkEstimate;
+
+/// A part of `flimcd` that can be left out, to see what it is worth.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Part {
+    /// Not sending what the target has or has been sent already.
+    Dedup,
+    /// Sending what a guest will probably ask for next.
+    Prefetch,
+    /// The order by heat, and leaving hot chunks for post-copy.
+    Order,
+    /// Holding bulk a little below the link's rate while guests can fault; left out by the driver.
+    Pacing,
+    /// What stands at the target before; left out by whoever sets the target up.
+    Replica,
+}
+
+impl Part {
+    /// All parts.
+    pub const ALL: [Self; 5] = [
+        Self::Dedup,
+        Self::Prefetch,
+        Self::Order,
+        Self::Pacing,
+        Self::Replica,
+    ];
+
+    /// Name that selects it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Dedup => "dedup",
+            Self::Prefetch => "prefetch",
+            Self::Order => "order",
+            Self::Pacing => "pacing",
+            Self::Replica => "replica",
+        }
+    }
+}
+
+impl FromStr for Part {
+    type Err = UnknownPart;
+
+    fn from_str(name: &str) -> Result<Self, UnknownPart> {
+        let part = Self::ALL.into_iter().find(|part| part.name() == name);
+        part.ok_or_else(|| UnknownPart(name.to_owned()))
+    }
+}
+
+/// The name of a part that there is not.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("there is no part {:?}; choose of {}", .0, Part::ALL.map(Part::name).join(", "))]
+pub struct UnknownPart(pub String);
+
+/// How a strategy is made different from what its name says, for comparisons.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct PolicyOptions {
+    /// What `flimcd` has to do without.
+    pub without: Vec<Part>,
+    /// Switch when this share of the blocks that there were at the beginning has been sent, and let the rest follow,
+    /// whatever the strategy says.
+    pub switch_at: Option<f64>,
+}
 
 /// Names of all strategies that [`by_name`] knows.
 pub const STRATEGIES: &[&str] = &["flimcd", "postcopy", "precopy", "precopy-zstd"];
@@ -97,12 +160,16 @@ pub struct UnknownStrategy(pub String);
 ///
 /// # Errors
 /// [`UnknownStrategy`] with the list of those there are.
-pub fn by_name(name: &str) -> Result<Box<dyn Policy>, UnknownStrategy> {
-    match name {
-        "flimcd" => Ok(Box::new(flimcd::Flimcd::default())),
-        "postcopy" => Ok(Box::new(postcopy::PostCopy::default())),
-        "precopy" => Ok(Box::new(precopy::PreCopy::new(false))),
-        "precopy-zstd" => Ok(Box::new(precopy::PreCopy::new(true))),
-        _ => Err(UnknownStrategy(name.to_owned())),
-    }
+pub fn by_name(name: &str, options: &PolicyOptions) -> Result<Box<dyn Policy>, UnknownStrategy> {
+    let policy: Box<dyn Policy> = match name {
+        "flimcd" => Box::new(flimcd::Flimcd::default()),
+        "postcopy" => Box::new(postcopy::PostCopy::default()),
+        "precopy" => Box::new(precopy::PreCopy::new(false)),
+        "precopy-zstd" => Box::new(precopy::PreCopy::new(true)),
+        _ => return Err(UnknownStrategy(name.to_owned())),
+    };
+    Ok(match options.switch_at {
+        Some(share) => Box::new(switch_at::SwitchAt::new(policy, share)),
+        None => policy,
+    })
 }

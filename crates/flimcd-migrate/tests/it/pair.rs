@@ -109,7 +109,12 @@ fn source(strategy: &str, incarnation: u64, start: SourceStart, now: Time) -> So
         epoch: Epoch(1),
         incarnation,
     };
-    let mut machine = SourceMachine::new(config, policy::by_name(strategy).unwrap(), start, now);
+    let mut machine = SourceMachine::new(
+        config,
+        policy::by_name(strategy, &policy::PolicyOptions::default()).unwrap(),
+        start,
+        now,
+    );
     machine.handle_estimate(
         now,
         LinkEstimate {
