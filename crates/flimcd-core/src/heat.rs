@@ -93,6 +93,16 @@ impl Heat {
         }
     }
 
+    /// Adds a count as [`Heat::chunks`] gives it.
+    pub fn add_count(&mut self, chunk: ChunkIndex, count: f64) {
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "saturates"
+        )]
+        self.add_slot(chunk.0, (count * f64::from(UNIT)).round() as u16);
+    }
+
     fn add_slot(&mut self, chunk: u64, add: u16) {
         if let Some(page) = self.pages.get_mut(index(chunk / PAGE_CHUNKS)) {
             let page = page.get_or_insert_with(|| vec![0; index(PAGE_CHUNKS)].into());

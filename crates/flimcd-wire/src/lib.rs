@@ -23,6 +23,7 @@
 //! whether it makes sense for a volume is decided by the machines.
 
 mod frame;
+mod heat;
 mod hello;
 mod message;
 mod plan;
@@ -32,6 +33,7 @@ mod set;
 mod vm;
 
 pub use frame::{Body, DecodeError, Encoded, Frame, FrameDecoder, LinkMessage, encode};
+pub use heat::{HEAT_PART_CHUNKS, HeatKind, HeatPart, MAX_TOUCHED};
 pub use hello::{
     Hello, HelloError, PROTOCOL_VERSION_MAX, PROTOCOL_VERSION_MIN, Refusal, RefusalCode, Welcome,
     decode_hello, decode_reply, encode_hello, encode_reply,

@@ -10,8 +10,8 @@ use flimcd_core::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    DecodeError, PlanOpen, Planned, Probe, Probed, Runs, SampleChunk, SeedId, SeedOffer, SeedPart,
-    SeqRuns, SetPart, VmMessage,
+    DecodeError, HeatPart, MAX_TOUCHED, PlanOpen, Planned, Probe, Probed, Runs, SampleChunk,
+    SeedId, SeedOffer, SeedPart, SeqRuns, SetPart, VmMessage,
 };
 
 /// Priority of a message on the link, most urgent first.
@@ -178,6 +178,15 @@ pub enum Message {
     PlanOpen(PlanOpen),
     /// Answer to `PlanOpen`; `Failed` if the volumes could not come.
     Planned(Planned),
+
+    /// Target to source, after the switch: what the guest has read lately, whether it was there or not, in order of time.
+    /// Advice for what to send next.
+    Touched {
+        /// At most [`MAX_TOUCHED`] reads, as runs of blocks.
+        reads: Vec<BlockRange>,
+    },
+    /// Source to target, after the switch: what was hot at the source.
+    Heat(HeatPart),
 }
 
 /// See [`Message::Open`].
@@ -402,6 +411,7 @@ impl Message {
             Self::Peeked { payload, .. } => payload.clone(),
             Self::SeedPart(part) => part.payload.clone(),
             Self::Probe(probe) => probe.payload.clone(),
+            Self::Heat(part) => part.payload.clone(),
             Self::Vm(message) => message.payload(),
             _ => Bytes::new(),
         }
@@ -414,6 +424,7 @@ impl Message {
             Self::Peeked { payload, .. } => *payload = rest,
             Self::SeedPart(part) => part.payload = rest,
             Self::Probe(probe) => probe.payload = rest,
+            Self::Heat(part) => part.payload = rest,
             Self::Vm(message) => return message.set_payload(rest),
             _ => return rest.is_empty(),
         }
@@ -447,6 +458,14 @@ impl Message {
             Self::Vm(message) => return message.validate(),
             Self::PlanOpen(open) => open.is_sound(),
             Self::Planned(planned) => planned.is_sound(),
+            Self::Touched { reads } => {
+                reads.len() <= MAX_TOUCHED
+                    && reads.iter().all(|run| {
+                        run.start < run.end
+                            && run.end <= limits::MAX_VOLUME_BYTES / flimcd_core::BLOCK_SIZE
+                    })
+            }
+            Self::Heat(part) => part.is_sound(),
             _ => true,
         };
         if sound {
