@@ -10,7 +10,7 @@ use std::{
 };
 
 use bytes::BytesMut;
-use flimcd_wire::{Body, Class, Frame, FrameDecoder, LinkMessage};
+use flimcd_wire::{Body, Class, Encoded, Frame, FrameDecoder, LinkMessage};
 use tokio::{
     task::JoinSet,
     time::{MissedTickBehavior, interval, sleep},
@@ -19,7 +19,7 @@ use tokio::{
 use crate::{
     LinkError,
     inbox::Stale,
-    lane::{self, BULK, CONTROL, FAULTS, Lane, READ_BYTES},
+    lane::{self, BULK, CONTROL, FAULTS, GATHERED_MAX, Lane, READ_BYTES, RECORD_BYTES},
     link::Link,
     pacer::Sample,
     socket,
@@ -177,7 +177,7 @@ impl Bundle {
             lane.writable().await?;
             if lane.index == CONTROL {
                 while let Some(message) = outbox.pop_link() {
-                    lane.write(&message, traffic).await?;
+                    lane.write(&[message], false, traffic).await?;
                 }
             }
             let Some((class, bytes)) = outbox.peek(self.generation, lane.index) else {
@@ -208,9 +208,40 @@ impl Bundle {
             let Some(frame) = outbox.pop(self.generation, class) else {
                 continue;
             };
-            self.link.bucket().spend(class, frame.len());
-            self.link.count_sent(class, frame.len());
-            lane.write(&frame, traffic).await?;
+            self.count(class, &frame);
+            let mut frames = vec![frame];
+            let mut more_follows = false;
+            if lane.index >= BULK {
+                self.gather(lane, &mut frames);
+                more_follows = outbox.peek(self.generation, lane.index).is_some();
+            }
+            lane.write(&frames, more_follows, traffic).await?;
+        }
+    }
+
+    fn count(&self, class: Class, frame: &Encoded) {
+        self.link.bucket().spend(class, frame.len());
+        self.link.count_sent(class, frame.len());
+    }
+
+    /// Adds to `frames` what comes next on the lane, as long as all of it fits one record and may go now.
+    fn gather(&self, lane: &Lane, frames: &mut Vec<Encoded>) {
+        let mut room = RECORD_BYTES.saturating_sub(frames[0].len());
+        while frames.len() < GATHERED_MAX {
+            let Some((class, bytes)) = self.link.outbox.peek(self.generation, lane.index) else {
+                return;
+            };
+            if bytes > room || !self.link.bucket().wait(class, Instant::now()).is_zero() {
+                return;
+            }
+            // Another lane may have taken that one, and the one behind it may be longer.
+            let outbox = &self.link.outbox;
+            let Some(frame) = outbox.pop_within(self.generation, class, room) else {
+                return;
+            };
+            self.count(class, &frame);
+            room -= frame.len();
+            frames.push(frame);
         }
     }
 
@@ -231,7 +262,9 @@ impl Bundle {
         }
     }
 
+    /// Nothing may go on `lane` now.
     fn starve(&self, lane: &Lane) {
+        lane.push();
         if lane.index >= BULK {
             self.was_starved.store(true, Ordering::Relaxed);
         }

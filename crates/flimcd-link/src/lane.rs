@@ -1,14 +1,17 @@
 //! One connection of a bundle: a socket and its TLS session, read by one task and written by another.
 //!
 //! A frame is encrypted only when the socket can take more, and only one at a time: whatever waits,
-//! waits in the [`crate::outbox`], where something more urgent can still go first. Memory per lane:
-//! at most one frame encrypted, one record decrypted, and one frame in the decoder.
+//! waits in the [`crate::outbox`], where something more urgent can still go first. Small frames of a bulk
+//! lane are the exception: as many as fit into one TLS record go together, because each by itself would
+//! cost a record of its own and leave a packet half empty. That is less than one usual frame, so no more
+//! is decided early than without. Memory per lane: at most one frame or one record encrypted, one record
+//! decrypted, and one frame in the decoder.
 
 use std::{
     io::{self, BufRead as _, IoSlice, Read, Write},
     sync::{
         Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -31,6 +34,10 @@ pub(crate) const BULK: u8 = 2;
 /// Encrypted bytes that may wait for the socket: more than one usual frame, so that one write call
 /// hands all of it over.
 const TLS_BUFFER_BYTES: usize = 128 * 1024;
+/// Content of the longest TLS record: what small frames are gathered to.
+pub(crate) const RECORD_BYTES: usize = 16 * 1024;
+/// Small frames that are gathered at most.
+pub(crate) const GATHERED_MAX: usize = 64;
 /// Bytes read from the socket at once.
 pub(crate) const READ_BYTES: usize = 128 * 1024;
 
@@ -56,6 +63,8 @@ pub(crate) struct Lane {
     pub(crate) index: u8,
     pub(crate) tcp: TcpStream,
     tls: Mutex<Connection>,
+    /// The kernel may keep the last packet back until it is full, as it was told that more follows.
+    is_held: AtomicBool,
 }
 
 impl Lane {
@@ -66,6 +75,7 @@ impl Lane {
             index,
             tcp,
             tls: Mutex::new(tls),
+            is_held: AtomicBool::new(false),
         }
     }
 
@@ -99,26 +109,53 @@ impl Lane {
         }
     }
 
-    /// Writes one frame; ends when the kernel has all of it.
-    pub(crate) async fn write(&self, frame: &Encoded, traffic: &Traffic) -> Result<(), LinkError> {
+    /// Writes frames, one after the other; ends when the kernel has all of them. With `more_follows` the kernel
+    /// waits with a packet that is not full for what is written next, or for [`push`](Self::push).
+    pub(crate) async fn write(
+        &self,
+        frames: &[Encoded],
+        more_follows: bool,
+        traffic: &Traffic,
+    ) -> Result<(), LinkError> {
+        let len: usize = frames.iter().map(Encoded::len).sum();
         let mut done = 0;
+        self.is_held.store(more_follows, Ordering::Relaxed);
         loop {
             let is_blocked = {
                 let mut tls = self.tls();
-                done += push_plaintext(&mut tls, frame, done).map_err(LinkError::io)?;
-                self.push_records(&mut tls, traffic)?
+                done += push_plaintext(&mut tls, frames, done).map_err(LinkError::io)?;
+                let more_follows = more_follows || done < len;
+                self.push_records(&mut tls, more_follows, traffic)?
             };
-            if done == frame.len() && !is_blocked {
+            if done == len && !is_blocked {
                 return Ok(());
             }
-            self.tcp.writable().await.map_err(LinkError::io)?;
+            if is_blocked {
+                self.tcp.writable().await.map_err(LinkError::io)?;
+            }
+        }
+    }
+
+    /// Nothing follows for now after all: what the kernel keeps back leaves.
+    pub(crate) fn push(&self) {
+        if self.is_held.swap(false, Ordering::Relaxed) {
+            socket::push(&self.tcp);
         }
     }
 
     /// Hands encrypted records to the kernel; true when it takes no more now.
-    fn push_records(&self, tls: &mut Connection, traffic: &Traffic) -> Result<bool, LinkError> {
+    fn push_records(
+        &self,
+        tls: &mut Connection,
+        more_follows: bool,
+        traffic: &Traffic,
+    ) -> Result<bool, LinkError> {
+        let mut socket = Socket {
+            tcp: &self.tcp,
+            more_follows,
+        };
         while tls.wants_write() {
-            match tls.write_tls(&mut Socket(&self.tcp)) {
+            match tls.write_tls(&mut socket) {
                 Ok(bytes) => {
                     traffic.sent.fetch_add(bytes as u64, Ordering::Relaxed);
                 }
@@ -171,14 +208,23 @@ impl Lane {
     }
 }
 
-/// Encrypts as much of `frame` from byte `done` on as the session takes.
-fn push_plaintext(tls: &mut Connection, frame: &Encoded, done: usize) -> io::Result<usize> {
-    let head = frame.head.get(done..).unwrap_or_default();
-    let payload = &frame.payload[done.saturating_sub(frame.head.len())..];
-    if head.is_empty() && payload.is_empty() {
+/// Encrypts as much of `frames` from byte `done` on as the session takes, in records as long as can be.
+fn push_plaintext(tls: &mut Connection, frames: &[Encoded], done: usize) -> io::Result<usize> {
+    let mut skip = done;
+    let mut parts = Vec::with_capacity(2 * frames.len());
+    for part in frames
+        .iter()
+        .flat_map(|frame| [&frame.head, &frame.payload])
+    {
+        let rest = part.get(skip..).unwrap_or_default();
+        skip = skip.saturating_sub(part.len());
+        if !rest.is_empty() {
+            parts.push(IoSlice::new(rest));
+        }
+    }
+    if parts.is_empty() {
         return Ok(0);
     }
-    let parts = [IoSlice::new(head), IoSlice::new(payload)];
     tls.writer().write_vectored(&parts)
 }
 
@@ -199,21 +245,25 @@ fn drain(tls: &mut Connection, plain: &mut BytesMut) -> Result<(), LinkError> {
 }
 
 /// A non-blocking socket as `std::io` sees it.
-struct Socket<'a>(&'a TcpStream);
+struct Socket<'a> {
+    tcp: &'a TcpStream,
+    more_follows: bool,
+}
 
 impl Read for Socket<'_> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.0.try_read(buf)
+        self.tcp.try_read(buf)
     }
 }
 
 impl Write for Socket<'_> {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        self.0.try_write(buf)
+        self.write_vectored(&[IoSlice::new(buf)])
     }
 
     fn write_vectored(&mut self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
-        self.0.try_write_vectored(bufs)
+        let send = || socket::send(self.tcp, bufs, self.more_follows);
+        self.tcp.try_io(Interest::WRITABLE, send)
     }
 
     fn flush(&mut self) -> io::Result<()> {

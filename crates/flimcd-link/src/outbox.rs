@@ -207,12 +207,22 @@ impl Outbox {
 
     /// The first frame of a class, as long as the queues are those of `generation`.
     pub(crate) fn pop(&self, generation: u64, class: Class) -> Option<Encoded> {
+        self.pop_within(generation, class, usize::MAX)
+    }
+
+    /// The first frame of a class if it has at most `bytes_max` bytes, as long as the queues are those of `generation`.
+    pub(crate) fn pop_within(
+        &self,
+        generation: u64,
+        class: Class,
+        bytes_max: usize,
+    ) -> Option<Encoded> {
         let mut inner = self.inner();
         if inner.open != Some(generation) {
             return None;
         }
         let was_full = !inner.has_room(class);
-        let frame = inner.queues[slot(class)].pop_front()?;
+        let frame = inner.queues[slot(class)].pop_front_if(|frame| frame.len() <= bytes_max)?;
         inner.queued_bytes[slot(class)] -= frame.len();
         let has_room = was_full && inner.has_room(class);
         drop(inner);
@@ -302,6 +312,19 @@ mod tests {
         outbox.push(None, frame(Class::Fault, 4096)).unwrap();
         outbox.pop(1, Class::Bulk).unwrap();
         assert!(outbox.has_room(Class::Bulk));
+    }
+
+    #[test]
+    fn only_a_frame_that_fits_is_taken_with_others() {
+        let outbox = Outbox::new();
+        outbox.open(1);
+        outbox.push(None, frame(Class::Bulk, 2000)).unwrap();
+        let (_, len) = outbox.peek(1, 2).unwrap();
+        assert!(outbox.pop_within(1, Class::Bulk, len - 1).is_none());
+        assert!(outbox.pop_within(2, Class::Bulk, len).is_none());
+        assert_eq!(outbox.queued_bytes(), len);
+        assert!(outbox.pop_within(1, Class::Bulk, len).is_some());
+        assert_eq!(outbox.queued_bytes(), 0);
     }
 
     #[test]

@@ -1,7 +1,12 @@
 //! What is asked of the kernel for each socket. Everything here is a wish: an old kernel that lacks
 //! an option makes the link slower, not wrong, so failures are ignored.
 
-use std::{io, mem, os::fd::AsRawFd, time::Duration};
+use std::{
+    io::{self, IoSlice},
+    mem,
+    os::fd::AsRawFd,
+    time::Duration,
+};
 
 use socket2::SockRef;
 use tokio::net::TcpStream;
@@ -67,6 +72,18 @@ pub(crate) fn takes_more(tcp: &TcpStream) -> bool {
     // SAFETY: one entry, which lives through the call; with no timeout it does not block.
     let ready = unsafe { libc::poll(&raw mut poll, 1, 0) };
     ready != 0
+}
+
+/// Hands bytes to the kernel. With `more_follows` a packet that they do not fill waits for more, until the next bytes are
+/// acknowledged or [`push`] is called.
+pub(crate) fn send(tcp: &TcpStream, bufs: &[IoSlice<'_>], more_follows: bool) -> io::Result<usize> {
+    let more = if more_follows { libc::MSG_MORE } else { 0 };
+    SockRef::from(tcp).send_vectored_with_flags(bufs, libc::MSG_NOSIGNAL | more)
+}
+
+/// Sends what waits for more: setting the option again does that, and every connection has it set.
+pub(crate) fn push(tcp: &TcpStream) {
+    let _ = tcp.set_nodelay(true);
 }
 
 /// How many unsent bytes stop further writes.

@@ -129,3 +129,35 @@ async fn ram_goes_before_bulk_that_was_queued_earlier() {
     assert_eq!(order, [Class::Ram, Class::Prefetch, Class::Bulk]);
     pair.stop();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn small_frames_of_bulk_share_records() {
+    const SMALL: usize = 2000;
+    /// Header, type and tag of a TLS 1.3 record.
+    const RECORD_OVERHEAD: u64 = 22;
+    let pair = Pair::up(|config| config.ceiling_bytes_per_sec = Some(16_000)).await;
+    // The first frame is on its way at once; the ceiling then holds the others in their queue.
+    pair.west.send(blocks(0, Class::Bulk, FRAME)).await.unwrap();
+    next_frame(&pair.east).await;
+    let overhead = || pair.west.bytes_sent() - pair.west.bytes_sent_of(Class::Bulk);
+    let before = overhead();
+    for id in 1..=100 {
+        pair.west
+            .send(blocks(id, Class::Bulk, SMALL))
+            .await
+            .unwrap();
+    }
+    pair.west.set_ceiling(None);
+    let mut ids = Vec::new();
+    while ids.len() < 100 {
+        let frame = next_frame(&pair.east).await;
+        assert_eq!(frame, blocks(frame.migration.0, Class::Bulk, SMALL));
+        ids.push(frame.migration.0);
+    }
+    ids.sort_unstable();
+    assert!(ids.into_iter().eq(1..=100));
+    // Pings are among it too.
+    let added = overhead() - before;
+    assert!(added < 50 * RECORD_OVERHEAD, "{added} bytes for 100 frames");
+    pair.stop();
+}
