@@ -26,6 +26,7 @@ impl Rules {
         let op = Op::new(op, range, self.size);
         match self.mode {
             Mode::Owner => {
+                self.reads.note(&op);
                 let newly_dirty = self.mark_dirty(&op);
                 let ticket = self.ops.insert(op, State::Active);
                 Admission::Go {
@@ -51,6 +52,7 @@ impl Rules {
     }
 
     fn begin_postcopy(&mut self, mut op: Op) -> Admission {
+        self.reads.note(&op);
         self.count_miss(&mut op);
         match self.presence.decide(&mut op) {
             Decision::Go => {

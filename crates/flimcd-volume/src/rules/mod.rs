@@ -90,6 +90,7 @@ mod mutation;
 mod ops;
 mod peek;
 mod presence;
+mod read_log;
 mod source;
 mod target;
 #[cfg(test)]
@@ -109,6 +110,7 @@ use mutation::Mutation;
 pub use ops::Ticket;
 pub use peek::{Answered, Peek};
 pub use presence::{ApplyPlan, ApplyToken};
+pub use read_log::READS_KEPT_MAX;
 pub use types::{Admission, GuestOp, GuestStats, Mode, Outcome, Refusal};
 
 use flush::Flushes;
@@ -116,6 +118,7 @@ use mutation::Broken;
 use ops::OpTable;
 use peek::Peeks;
 use presence::Presence;
+use read_log::ReadLog;
 use tracking::Tracking;
 
 /// The state of one volume. See the module for the rules and the caller's contract.
@@ -131,6 +134,7 @@ pub struct Rules {
     presence: Presence,
     peeks: Peeks,
     flushes: Flushes,
+    reads: ReadLog,
     stats: GuestStats,
     broken: Broken,
 }
@@ -156,6 +160,7 @@ impl Rules {
             presence: Presence::new(size),
             peeks: Peeks::default(),
             flushes: Flushes::default(),
+            reads: ReadLog::default(),
             stats: GuestStats::default(),
             broken: Broken::default(),
         }
@@ -188,6 +193,7 @@ impl Rules {
             + self.presence.memory_bytes()
             + self.peeks.memory_bytes()
             + self.flushes.memory_bytes()
+            + self.reads.memory_bytes()
     }
 
     /// Breaks a rule on purpose, for tests that show that it is needed.

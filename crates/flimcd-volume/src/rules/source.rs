@@ -134,6 +134,9 @@ impl Rules {
     /// Unless in `Owner` or `Frozen`.
     pub fn thaw(&mut self) {
         self.expect_mode(&[Mode::Owner, Mode::Frozen], "thaw");
+        if self.mode == Mode::Frozen {
+            self.note_parked_reads();
+        }
         self.mode = Mode::Owner;
         self.wake(self.size.all_blocks());
     }

@@ -14,6 +14,7 @@ impl Rules {
         self.expect_mode(&[Mode::Incoming], "start_postcopy");
         self.presence.start(missing);
         self.peeks.clear();
+        self.note_parked_reads();
         self.mode = Mode::PostCopy;
         self.wake(self.size.all_blocks());
     }

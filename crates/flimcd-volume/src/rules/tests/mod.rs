@@ -4,6 +4,7 @@
 mod cases;
 mod peeks;
 mod random;
+mod read_log;
 mod schedules;
 mod source_world;
 mod target_world;
