@@ -34,6 +34,7 @@
 
 mod estimate;
 pub mod policy;
+mod prefetch;
 mod source;
 pub mod stream;
 mod target;
@@ -53,6 +54,8 @@ pub use target::{
 
 /// Time after which a write weighs half in the heat of its chunk.
 pub const HEAT_HALF_LIFE: Duration = Duration::from_secs(5);
+/// Half-life of the heat that volumes keep, that migrations begin with, and that travels with a volume.
+pub const LONG_HALF_LIFE: Duration = Duration::from_secs(60);
 
 /// A disk that could not be read or written, as the driver saw it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

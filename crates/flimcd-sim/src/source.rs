@@ -247,7 +247,10 @@ impl World {
             }
             SourceAction::Pack { seq, had } => self.pack(seq, &had),
             SourceAction::Forget(seq) => self.forget(seq),
-            SourceAction::SetPacing(_) => {}
+            SourceAction::SetPacing(_)
+            | SourceAction::Mirror(_)
+            | SourceAction::Acked(_)
+            | SourceAction::LimitWrites(_) => {}
         }
     }
 

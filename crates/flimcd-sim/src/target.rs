@@ -238,6 +238,7 @@ impl World {
             TargetAction::Complete { epoch } => self.start_flush(site, AfterFlush::Complete(epoch)),
             TargetAction::ChooseSeed { .. } => self.choose_seed(),
             TargetAction::Probe(probe) => self.probe(probe),
+            TargetAction::KeepHeat(_) => {}
             TargetAction::Discard => self.start_flow(site, Flow::Discard),
         }
     }

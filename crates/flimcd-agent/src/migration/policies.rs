@@ -1,7 +1,6 @@
 //! From what was asked for to a policy.
 
-use flimcd_core::BlockRange;
-use flimcd_migrate::policy::{Policy, PolicyOptions, View, by_name};
+use flimcd_migrate::policy::{Policy, PolicyOptions, by_name};
 
 use crate::api::Strategy;
 
@@ -15,59 +14,12 @@ pub(crate) fn choose_policy(
         (Strategy::Precopy, Some(true)) => "precopy-zstd",
         (strategy, _) => strategy.name(),
     };
-    let policy = by_name(name, &PolicyOptions::default()).ok()?;
-    let compress = compress.unwrap_or(policy.compress());
-    let library = library.unwrap_or(policy.uses_library());
-    Some(Box::new(WithChoices {
-        policy,
+    let options = PolicyOptions {
         compress,
         library,
-    }))
-}
-
-/// A policy with its opinions on content replaced.
-struct WithChoices {
-    policy: Box<dyn Policy>,
-    compress: bool,
-    library: bool,
-}
-
-impl Policy for WithChoices {
-    fn name(&self) -> &'static str {
-        self.policy.name()
-    }
-
-    fn compress(&self) -> bool {
-        self.compress
-    }
-
-    fn uses_library(&self) -> bool {
-        self.library
-    }
-
-    fn allows_postcopy(&self) -> bool {
-        self.policy.allows_postcopy()
-    }
-
-    fn next_precopy(&mut self, view: &View<'_>) -> Option<BlockRange> {
-        self.policy.next_precopy(view)
-    }
-
-    fn is_ready(&mut self, view: &View<'_>) -> bool {
-        self.policy.is_ready(view)
-    }
-
-    fn begin_push(&mut self, view: &View<'_>) {
-        self.policy.begin_push(view);
-    }
-
-    fn next_push(&mut self, view: &View<'_>) -> Option<BlockRange> {
-        self.policy.next_push(view)
-    }
-
-    fn on_demand(&mut self, range: BlockRange) {
-        self.policy.on_demand(range);
-    }
+        ..PolicyOptions::default()
+    };
+    by_name(name, &options).ok()
 }
 
 #[cfg(test)]

@@ -422,6 +422,9 @@ impl SourceDriver {
             }
             SourceAction::Persist(record) => self.persist(record),
             SourceAction::Release => self.base.volumes.release(),
+            SourceAction::Mirror(_)
+            | SourceAction::Acked(_)
+            | SourceAction::LimitWrites(_) => {}
             SourceAction::SetPacing(is_on) => {
                 self.base.port.link().set_pacing(self.base.record.id, is_on);
             }
@@ -548,6 +551,7 @@ impl SourceDriver {
                 self.base.tell(DisksEvent::Ended(Err(text.clone())));
                 self.base.status.error = Some(text);
             }
+            SourceEvent::Predicted(_) => {}
             SourceEvent::Seed(name) => {
                 tracing::info!(
                     migration = %self.base.record.id, image = %name,

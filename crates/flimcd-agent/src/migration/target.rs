@@ -348,6 +348,7 @@ impl TargetDriver {
             }
             TargetAction::ChooseSeed { sample } => self.choose_seed(sample),
             TargetAction::Probe(probe) => self.probe(probe),
+            TargetAction::KeepHeat(_) => {}
             TargetAction::Discard => self.discard = true,
         }
     }

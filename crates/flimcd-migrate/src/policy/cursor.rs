@@ -1,6 +1,6 @@
 //! A position that goes round a volume.
 
-use flimcd_core::{BlockIndex, BlockRange, BlockSet};
+use flimcd_core::{BlockIndex, BlockRange, BlockSet, ChunkIndex};
 
 /// Walks the pending blocks in ascending order, chunk by chunk, and counts how often it came round.
 #[derive(Debug, Default)]
@@ -13,6 +13,11 @@ impl Cursor {
     /// Times the end of the volume was passed.
     pub(super) fn rounds(&self) -> u64 {
         self.rounds
+    }
+
+    /// Where it is.
+    pub(super) fn position(&self) -> BlockIndex {
+        BlockIndex(self.at)
     }
 
     /// Goes on from `block`.
@@ -49,8 +54,50 @@ impl Cursor {
     }
 }
 
+/// Chunks in an order of their own.
+#[derive(Debug, Default)]
+pub(super) struct Ordered {
+    /// The first last.
+    chunks: Vec<BlockIndex>,
+}
+
+impl Ordered {
+    /// Chunks with something pending for which there is a key, those with the highest key first; at most `max`, of
+    /// those that lie first.
+    pub(super) fn by_key(
+        pending: &BlockSet,
+        max: usize,
+        mut key: impl FnMut(ChunkIndex) -> Option<f64>,
+    ) -> Self {
+        let mut chunks: Vec<(f64, BlockIndex)> = Vec::new();
+        let mut at = 0;
+        while let Some(run) = pending.next_run(at, u64::MAX)
+            && chunks.len() < max
+        {
+            let block = BlockIndex(run.start);
+            chunks.extend(key(block.chunk()).map(|key| (key, block)));
+            at = block.chunk().blocks().end;
+        }
+        chunks.sort_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1)));
+        Self {
+            chunks: chunks.into_iter().map(|(_, block)| block).collect(),
+        }
+    }
+
+    /// The next pending run of them inside one chunk. A chunk is over when nothing of it is pending.
+    pub(super) fn next(&mut self, pending: &BlockSet) -> Option<BlockRange> {
+        while let Some(&block) = self.chunks.last() {
+            if let Some(run) = in_chunk(pending, block) {
+                return Some(run);
+            }
+            self.chunks.pop();
+        }
+        None
+    }
+}
+
 /// The first pending run of the chunk that `block` lies in.
-pub(super) fn in_chunk(pending: &BlockSet, block: BlockIndex) -> Option<BlockRange> {
+fn in_chunk(pending: &BlockSet, block: BlockIndex) -> Option<BlockRange> {
     let chunk = block.chunk().blocks();
     pending.next_run(chunk.start, chunk.end)
 }

@@ -1,23 +1,35 @@
 //! `flimcd`: copy what will stay as it is, switch, then bring the rest in the order it is needed.
 //!
-//! Liu, Jiang, Yang 2015 (the FlimCD paper) for the hybrid of pre-copy and post-copy; the criterion is ours.
+//! Liu, Jiang, Yang 2015 (the FlimCD paper) for the hybrid of pre-copy and post-copy, the order by heat and the prefetch around
+//! missing blocks; the criteria are ours.
+//!
+//! # Before the switch
 //! Let `T` be the time to send all that is pending. A block that is written `λ` times a second will be
 //! written again before the switch with probability `1 - exp(-λT)`; sending it now is wasted then. So
 //! a chunk is sent before the switch only while that probability is below one half, coldest first, in sequential
 //! runs: regions where nothing is written, then chunks that are not, then those that probably survive. Writes
-//! have neighbours, so that a region tells within a tenth of a second what a chunk tells within many. As `T` shrinks with what is pending, chunks that were too hot come
-//! within reach; when none is left that will probably survive, another round would not pay, and it is
-//! time to switch. After the switch the hottest chunks go first, because what was written much is read
-//! soon, then the rest, from where the guest last waited.
+//! have neighbours, so that a region tells within a tenth of a second what a chunk tells within many. As `T` shrinks with
+//! what is pending, chunks that were too hot come within reach; when none is left that will probably survive, another round would
+//! not pay, and it is time to switch.
+//!
+//! # After it
+//! What a guest waits for goes at once, then what it will probably ask for next (see the module `prefetch`), then the rest, by
+//! how many misses it saves: a chunk that is read `r` times and written `w` times a second is next touched by a read with
+//! probability `r / (r + w)`, since a write of whole blocks needs nothing. So chunks go in the order of `r² / (r + w)`, and those
+//! that nobody reads come last, from where the guest last waited.
+//!
+//! Left out for comparisons: without `order` all goes once in the order of addresses, then the guest moves; without `prefetch` only
+//! what a guest waits for and what is pushed goes.
 
 use std::time::Duration;
 
 use flimcd_core::{BLOCKS_PER_CHUNK, BlockIndex, BlockRange, ChunkIndex, Time};
 
 use super::{
-    Policy, View,
-    cursor::{Cursor, in_chunk},
+    Part, Policy, Prediction, View,
+    cursor::{Cursor, Ordered},
 };
+use crate::prefetch::Prefetch;
 
 /// `ln 2`: expected writes before the switch at which a rewrite is as likely as not.
 const EXPECTED_WRITES_MAX: f64 = std::f64::consts::LN_2;
@@ -30,9 +42,12 @@ const HOT_CHUNKS_MAX: usize = 1 << 18;
 
 #[derive(Default)]
 pub(super) struct Flimcd {
+    without_dedup: bool,
+    without_order: bool,
+    prefetch: Option<Prefetch>,
     cursor: Cursor,
-    /// Hot chunks that the target misses, hottest last.
-    hot: Vec<BlockIndex>,
+    /// Chunks that the target misses and its guest will read.
+    hot: Ordered,
     /// Nothing as cold as this is pending, as far as known, until the time: cold regions, cold chunks.
     none_until: [Time; 2],
     /// Nothing is worth sending, as far as known, until this time.
@@ -40,6 +55,15 @@ pub(super) struct Flimcd {
 }
 
 impl Flimcd {
+    pub(super) fn new(without: &[Part]) -> Self {
+        Self {
+            without_dedup: without.contains(&Part::Dedup),
+            without_order: without.contains(&Part::Order),
+            prefetch: (!without.contains(&Part::Prefetch)).then(Prefetch::default),
+            ..Self::default()
+        }
+    }
+
     /// The next run in a region where nothing has been written lately.
     fn next_in_cold_region(&mut self, view: &View<'_>) -> Option<BlockRange> {
         let mut known: Option<(u64, bool)> = None;
@@ -56,10 +80,12 @@ impl Flimcd {
         })
     }
 
-    /// The next run in a chunk that is at most so hot.
-    fn next_below(&mut self, view: &View<'_>, heat_max: f64) -> Option<BlockRange> {
+    /// The next run in a chunk of which at most so many blocks are written in a second.
+    fn next_below(&mut self, view: &View<'_>, rate_max: f64) -> Option<BlockRange> {
         self.cursor.next(view.pending, |run| {
-            view.write_heat.get(BlockIndex(run.start).chunk()) <= heat_max
+            view.heat
+                .write_rate(BlockIndex(run.start).chunk(), view.now)
+                <= rate_max
         })
     }
 
@@ -83,21 +109,23 @@ impl Flimcd {
 }
 
 fn is_cold_region(view: &View<'_>, region: u64) -> bool {
-    (region * REGION_CHUNKS..(region + 1) * REGION_CHUNKS)
-        .all(|chunk| view.write_heat.get(ChunkIndex(chunk)) == 0.0)
+    !(region * REGION_CHUNKS..(region + 1) * REGION_CHUNKS)
+        .any(|chunk| view.heat.is_written(ChunkIndex(chunk)))
 }
 
-/// The heat of a chunk above which one of its blocks will probably be written before the switch.
-fn heat_limit(view: &View<'_>) -> f64 {
-    // A decayed count of events at rate r settles at r × half-life ÷ ln 2; while counting is young it has
-    // got only a part of the way.
-    let half_life_s = crate::HEAT_HALF_LIFE.as_secs_f64();
-    let age_s = view.now.since(view.heat_since).as_secs_f64();
-    let settled = 1.0 - (-age_s / half_life_s).exp2();
-    let rate_max = EXPECTED_WRITES_MAX / view.time_to_send_pending().as_secs_f64().max(1e-3);
+/// Blocks of a chunk that may be written in a second while one of them will probably stay as it is until the switch.
+fn write_rate_max(view: &View<'_>) -> f64 {
+    let per_block = EXPECTED_WRITES_MAX / view.time_to_send_pending().as_secs_f64().max(1e-3);
     #[expect(clippy::cast_precision_loss, reason = "16")]
-    let per_chunk = rate_max * BLOCKS_PER_CHUNK as f64;
-    per_chunk * settled * half_life_s / std::f64::consts::LN_2
+    let per_chunk = per_block * BLOCKS_PER_CHUNK as f64;
+    per_chunk
+}
+
+/// Misses in a second that a chunk saves by being there; `None` if nobody reads it.
+fn worth(view: &View<'_>, chunk: ChunkIndex) -> Option<f64> {
+    let reads = view.heat.read_rate(chunk, view.now);
+    let writes = view.heat.write_rate(chunk, view.now);
+    (reads > 0.0).then(|| reads * reads / (reads + writes))
 }
 
 impl Policy for Flimcd {
@@ -105,15 +133,22 @@ impl Policy for Flimcd {
         "flimcd"
     }
 
+    fn uses_library(&self) -> bool {
+        !self.without_dedup
+    }
+
     fn next_precopy(&mut self, view: &View<'_>) -> Option<BlockRange> {
         if self.dry_until.is_some_and(|until| view.now < until) {
             return None;
         }
         self.dry_until = None;
-        if let Some(run) = self.next_cold(view) {
-            return Some(run);
-        }
-        let next = self.next_below(view, heat_limit(view));
+        let next = if self.without_order {
+            let next = self.cursor.next(view.pending, |_| true);
+            next.filter(|_| self.cursor.rounds() == 0)
+        } else {
+            self.next_cold(view)
+                .or_else(|| self.next_below(view, write_rate_max(view)))
+        };
         if next.is_none() {
             self.dry_until = Some(view.now + SEARCH_INTERVAL);
         }
@@ -124,44 +159,92 @@ impl Policy for Flimcd {
         self.dry_until.is_some()
     }
 
-    fn begin_push(&mut self, view: &View<'_>) {
-        let mut hot: Vec<(f64, BlockIndex)> = Vec::new();
+    fn predict(&mut self, view: &View<'_>) -> Option<Prediction> {
+        #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+        let blocks = (view.pending.count() + view.in_flight_blocks) as f64;
+        let bytes = blocks * view.bytes_per_block;
+        let duration = view.time_to_send_pending();
+        // What is read is pushed first, so that a chunk is missing for as long as those before it take.
+        let mut hot: Vec<(f64, f64, u64)> = Vec::new();
         let mut at = 0;
         while let Some(run) = view.pending.next_run(at, u64::MAX)
             && hot.len() < HOT_CHUNKS_MAX
         {
             let chunk = BlockIndex(run.start).chunk();
-            let heat = view.write_heat.get(chunk);
-            if heat > 0.0 {
-                hot.push((heat, BlockIndex(run.start)));
-            }
+            let pending: u64 = view
+                .pending
+                .runs_in(chunk.blocks())
+                .map(BlockRange::len)
+                .sum();
+            hot.extend(
+                worth(view, chunk)
+                    .map(|worth| (worth, view.heat.read_rate(chunk, view.now), pending)),
+            );
             at = chunk.blocks().end;
         }
-        hot.sort_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1)));
-        self.hot = hot.into_iter().map(|(_, block)| block).collect();
+        hot.sort_by(|a, b| b.0.total_cmp(&a.0));
+        let (mut at_s, mut misses) = (0.0, 0.0);
+        for (_, reads, pending) in hot {
+            #[expect(clippy::cast_precision_loss, reason = "at most 16")]
+            let pending = pending as f64;
+            at_s += pending * view.bytes_per_block / view.link.rate_or_default();
+            // The first miss brings the rest of the chunk.
+            #[expect(clippy::cast_precision_loss, reason = "16")]
+            let share = pending / BLOCKS_PER_CHUNK as f64;
+            misses += 1.0 - (-reads * share * at_s).exp();
+        }
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "an estimate"
+        )]
+        Some(Prediction {
+            bytes: bytes as u64,
+            misses,
+            duration,
+        })
+    }
+
+    fn on_read(&mut self, now: Time, range: BlockRange) {
+        if let Some(prefetch) = &mut self.prefetch {
+            prefetch.read(now, range);
+        }
+    }
+
+    fn begin_push(&mut self, view: &View<'_>) {
+        if let Some(prefetch) = &mut self.prefetch {
+            prefetch.begin();
+        }
+        if !self.without_order {
+            self.hot = Ordered::by_key(view.pending, HOT_CHUNKS_MAX, |chunk| worth(view, chunk));
+        }
+    }
+
+    fn next_prefetch(&mut self, view: &View<'_>) -> Option<BlockRange> {
+        self.prefetch.as_mut()?.next(view.pending)
     }
 
     fn next_push(&mut self, view: &View<'_>) -> Option<BlockRange> {
-        while let Some(&block) = self.hot.last() {
-            if let Some(run) = in_chunk(view.pending, block) {
-                return Some(run);
-            }
-            self.hot.pop();
-        }
-        self.cursor.next(view.pending, |_| true)
+        let next = self.hot.next(view.pending);
+        next.or_else(|| self.cursor.next(view.pending, |_| true))
     }
 
-    fn on_demand(&mut self, range: BlockRange) {
-        self.cursor.jump(BlockIndex(range.end));
+    fn on_demand(&mut self, now: Time, range: BlockRange) {
+        if let Some(prefetch) = &mut self.prefetch {
+            prefetch.missed(now, range);
+        }
+        if !self.without_order {
+            self.cursor.jump(BlockIndex(range.end));
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use flimcd_core::{BlockSet, Heat, VolumeSize};
+    use flimcd_core::{BlockSet, VolumeSize};
 
     use super::*;
-    use crate::{HEAT_HALF_LIFE, LinkEstimate};
+    use crate::{HEAT_HALF_LIFE, LinkEstimate, policy::HeatMaps};
 
     const CHUNKS: u64 = 8;
 
@@ -169,10 +252,15 @@ mod tests {
     /// carries `chunks_per_sec` whole chunks.
     fn check(heat: [u64; 8], chunks_per_sec: u64, sent: &[u64]) {
         let size = VolumeSize::new(CHUNKS * flimcd_core::CHUNK_SIZE).unwrap();
-        let mut write_heat = Heat::new(size, HEAT_HALF_LIFE, Time::ZERO);
+        let mut maps = HeatMaps::new(size, Time::ZERO);
         let now = Time::ZERO + HEAT_HALF_LIFE / 2;
         for (chunk, events) in (0..).map(ChunkIndex).zip(heat) {
-            write_heat.add(chunk, events, now);
+            for _ in 0..events {
+                maps.written(
+                    BlockRange::single(BlockIndex(chunk.0 * BLOCKS_PER_CHUNK)),
+                    now,
+                );
+            }
         }
         let mut pending = BlockSet::full(size.blocks());
         let mut policy = Flimcd::default();
@@ -184,8 +272,7 @@ mod tests {
                 size,
                 pending: &pending,
                 in_flight_blocks: 0,
-                write_heat: &write_heat,
-                heat_since: Time::ZERO,
+                heat: &maps,
                 link: LinkEstimate {
                     rate_bytes_per_sec: Some(rate),
                     rtt: None,

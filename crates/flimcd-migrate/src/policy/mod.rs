@@ -4,17 +4,29 @@
 //! [`View`] and answers with a run of pending blocks, so that a wrong policy can be slow but never wrong.
 //! A new strategy is one small file here and one line in [`by_name`].
 
+mod bitmap;
+mod chosen;
 mod cursor;
 mod flimcd;
+mod forward;
+mod heat_maps;
+mod hybrid_threshold;
 mod postcopy;
 mod precopy;
-mod switch_at;
+mod snapshot;
+mod workload_aware;
 
 use std::{str::FromStr, time::Duration};
 
-use flimcd_core::{BlockRange, BlockSet, Heat, Time, VolumeSize};
+pub use heat_maps::HeatMaps;
+
+use flimcd_core::{BLOCK_SIZE, BlockRange, BlockSet, Time, VolumeSize};
 
 use crate::LinkEstimate;
+
+/// What is left may take this long with the guest stopped, where nothing may be missing at the target; QEMU's default for its
+/// downtime limit.
+const STOP_AND_COPY_MAX: Duration = Duration::from_millis(300);
 
 /// A part of `flimcd` that can be left out, to see what it is worth.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -71,6 +83,10 @@ pub struct UnknownPart(pub String);
 /// How a strategy is made different from what its name says, for comparisons.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct PolicyOptions {
+    /// Whether content is compressed, whatever the strategy does by itself.
+    pub compress: Option<bool>,
+    /// Whether the target is asked what it has, whatever the strategy does by itself.
+    pub library: Option<bool>,
     /// What `flimcd` has to do without.
     pub without: Vec<Part>,
     /// Switch when this share of the blocks that there were at the beginning has been sent, and let the rest follow,
@@ -79,7 +95,18 @@ pub struct PolicyOptions {
 }
 
 /// Names of all strategies that [`by_name`] knows.
-pub const STRATEGIES: &[&str] = &["flimcd", "postcopy", "precopy", "precopy-zstd"];
+pub const STRATEGIES: &[&str] = &[
+    "flimcd",
+    "precopy",
+    "precopy-zstd",
+    "postcopy",
+    "forward-writes",
+    "mirror",
+    "snapshot",
+    "bitmap",
+    "workload-aware",
+    "hybrid-threshold",
+];
 
 /// What a policy may look at.
 #[derive(Clone, Copy, Debug)]
@@ -92,10 +119,8 @@ pub struct View<'a> {
     pub pending: &'a BlockSet,
     /// Blocks on their way.
     pub in_flight_blocks: u64,
-    /// Decayed write rate per chunk.
-    pub write_heat: &'a Heat,
-    /// Since when writes have been counted.
-    pub heat_since: Time,
+    /// What is hot.
+    pub heat: &'a HeatMaps,
     /// What the link does.
     pub link: LinkEstimate,
     /// Bytes that a block has cost on the link so far, on average.
@@ -141,14 +166,62 @@ pub trait Policy: Send {
     /// Whether switching now is better than going on.
     fn is_ready(&mut self, view: &View<'_>) -> bool;
 
+    /// What becomes of the guest's writes before the switch.
+    fn writes(&self) -> Writes {
+        Writes::Free
+    }
+
+    /// Bytes a second that the guest may write now, asked now and then where writes are [`Writes::Limited`].
+    fn write_limit(&mut self, _view: &View<'_>) -> Option<u64> {
+        None
+    }
+
+    /// The guest at the source has written this.
+    fn on_dirtied(&mut self, _run: BlockRange) {}
+
+    /// The guest has read this: at the source, or after the switch at the target, there or missing.
+    fn on_read(&mut self, _now: Time, _range: BlockRange) {}
+
     /// The switch has been made; `view.pending` is what the target misses.
     fn begin_push(&mut self, _view: &View<'_>) {}
+
+    /// What the guest will probably read next, under the same conditions as what is pushed; it goes before that.
+    fn next_prefetch(&mut self, _view: &View<'_>) -> Option<BlockRange> {
+        None
+    }
+
+    /// What was expected of the switch, when it is made.
+    fn predict(&mut self, _view: &View<'_>) -> Option<Prediction> {
+        None
+    }
 
     /// The next run to send after the switch, under the same conditions as before it.
     fn next_push(&mut self, view: &View<'_>) -> Option<BlockRange>;
 
     /// A guest at the target waits for these blocks; they are sent without asking the policy.
-    fn on_demand(&mut self, _range: BlockRange) {}
+    fn on_demand(&mut self, _now: Time, _range: BlockRange) {}
+}
+
+/// What becomes of the guest's writes at the source while content goes over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Writes {
+    /// They run as fast as they can.
+    Free,
+    /// One to what the target has already is answered when the target has it, too.
+    Mirrored,
+    /// They run as fast as [`Policy::write_limit`] says.
+    Limited,
+}
+
+/// What is to come after the switch, as seen when it is made.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Prediction {
+    /// Bytes that go over.
+    pub bytes: u64,
+    /// Guest reads that will touch a block that is not there.
+    pub misses: f64,
+    /// Until everything is there.
+    pub duration: Duration,
 }
 
 /// A strategy's name that is not known.
@@ -162,14 +235,29 @@ pub struct UnknownStrategy(pub String);
 /// [`UnknownStrategy`] with the list of those there are.
 pub fn by_name(name: &str, options: &PolicyOptions) -> Result<Box<dyn Policy>, UnknownStrategy> {
     let policy: Box<dyn Policy> = match name {
-        "flimcd" => Box::new(flimcd::Flimcd::default()),
-        "postcopy" => Box::new(postcopy::PostCopy::default()),
+        "flimcd" => Box::new(flimcd::Flimcd::new(&options.without)),
         "precopy" => Box::new(precopy::PreCopy::new(false)),
         "precopy-zstd" => Box::new(precopy::PreCopy::new(true)),
+        "postcopy" => Box::new(postcopy::PostCopy::default()),
+        "forward-writes" => Box::new(forward::Forward::limiting()),
+        "mirror" => Box::new(forward::Forward::mirroring()),
+        "snapshot" => Box::new(snapshot::Snapshot::default()),
+        "bitmap" => Box::new(bitmap::Bitmap::default()),
+        "workload-aware" => Box::new(workload_aware::WorkloadAware::default()),
+        "hybrid-threshold" => Box::new(hybrid_threshold::HybridThreshold::default()),
         _ => return Err(UnknownStrategy(name.to_owned())),
     };
-    Ok(match options.switch_at {
-        Some(share) => Box::new(switch_at::SwitchAt::new(policy, share)),
-        None => policy,
-    })
+    Ok(Box::new(chosen::Chosen::new(policy, options.clone())))
+}
+
+/// Bytes that go over if everything that is pending goes as it is. What a guest has just written is seldom zero.
+fn bytes_left(view: &View<'_>) -> f64 {
+    #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+    let bytes = ((view.pending.count() + view.in_flight_blocks) * BLOCK_SIZE) as f64;
+    bytes
+}
+
+/// Whether the rest can go while the guest stands.
+fn fits_downtime(view: &View<'_>) -> bool {
+    bytes_left(view) / view.link.rate_or_default() <= STOP_AND_COPY_MAX.as_secs_f64()
 }

@@ -4,7 +4,7 @@
 //! Hines and Gopalan, "Post-copy based live virtual machine migration", VEE 2009 (the moving pivot);
 //! Hirofuchi et al., "A live storage migration mechanism over WAN", CCGrid 2009 (xNBD).
 
-use flimcd_core::{BlockIndex, BlockRange};
+use flimcd_core::{BlockIndex, BlockRange, Time};
 
 use super::{Policy, View, cursor::Cursor};
 
@@ -30,7 +30,7 @@ impl Policy for PostCopy {
         self.cursor.next(view.pending, |_| true)
     }
 
-    fn on_demand(&mut self, range: BlockRange) {
+    fn on_demand(&mut self, _now: Time, range: BlockRange) {
         self.cursor.jump(BlockIndex(range.end));
     }
 }

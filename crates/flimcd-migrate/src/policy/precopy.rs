@@ -5,14 +5,10 @@
 //! blocks as they are, round after round, until what is left fits the downtime that is allowed.
 //! `precopy-zstd` is the same with compression.
 
-use std::time::Duration;
+use flimcd_core::BlockRange;
 
-use flimcd_core::{BLOCK_SIZE, BlockRange};
+use super::{Policy, View, cursor::Cursor, fits_downtime};
 
-use super::{Policy, View, cursor::Cursor};
-
-/// What is left may take this long with the guest stopped; QEMU's default for its downtime limit.
-const STOP_AND_COPY_MAX: Duration = Duration::from_millis(300);
 /// Rounds after which it stops waiting for convergence.
 const ROUNDS_MAX: u64 = 30;
 
@@ -56,11 +52,7 @@ impl Policy for PreCopy {
     }
 
     fn is_ready(&mut self, view: &View<'_>) -> bool {
-        // Counted in full blocks: what a guest has just written is seldom zero.
-        #[expect(clippy::cast_precision_loss, reason = "an estimate")]
-        let left = (view.pending.count() + view.in_flight_blocks) as f64 * BLOCK_SIZE as f64;
-        left / view.link.rate_or_default() <= STOP_AND_COPY_MAX.as_secs_f64()
-            || self.cursor.rounds() >= ROUNDS_MAX
+        fits_downtime(view) || self.cursor.rounds() >= ROUNDS_MAX
     }
 
     fn next_push(&mut self, view: &View<'_>) -> Option<BlockRange> {

@@ -10,6 +10,7 @@
 use std::collections::BTreeMap;
 
 use flimcd_core::{BlockRange, BlockSet, Seq, SeqSet};
+use flimcd_wire::Class;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
@@ -27,8 +28,8 @@ pub(super) enum Stage {
 pub(super) struct Flight {
     pub(super) range: BlockRange,
     pub(super) stage: Stage,
-    /// A guest at the target waits for it.
-    pub(super) urgent: bool,
+    /// How urgent it is. [`Class::Fault`]: a guest at the target waits for it.
+    pub(super) class: Class,
 }
 
 #[derive(Debug)]
@@ -139,7 +140,7 @@ impl Flights {
     }
 
     /// Begins to read `range`, of which nothing may be in flight.
-    pub(super) fn start(&mut self, range: BlockRange, urgent: bool) -> Seq {
+    pub(super) fn start(&mut self, range: BlockRange, class: Class) -> Seq {
         assert!(
             !self.blocks.intersects(range),
             "{range:?} is on its way already"
@@ -151,7 +152,7 @@ impl Flights {
             Flight {
                 range,
                 stage: Stage::Reading,
-                urgent,
+                class,
             },
         );
         self.blocks.insert_range(range);
@@ -164,7 +165,7 @@ impl Flights {
         let Some(flight) = self.flights.get_mut(&seq) else {
             return false;
         };
-        if !flight.urgent && self.redirtied.contains_all(flight.range) {
+        if flight.class != Class::Fault && self.redirtied.contains_all(flight.range) {
             return false;
         }
         self.set_stage(seq, Stage::Sent);
@@ -224,8 +225,13 @@ impl Flights {
         seqs.runs().flat_map(in_run).collect()
     }
 
-    /// The target has these. Numbers that are not in flight are ignored.
-    pub(super) fn acknowledged(&mut self, seqs: &SeqSet, pending: &mut BlockSet) {
+    /// The target has these, of which it says the blocks. Numbers that are not in flight are ignored.
+    pub(super) fn acknowledged(
+        &mut self,
+        seqs: &SeqSet,
+        pending: &mut BlockSet,
+        mut arrived: impl FnMut(BlockRange),
+    ) {
         for seq in self.known(seqs) {
             // What was never sent cannot have arrived, whatever the peer says.
             if self.flights[&seq].stage != Stage::Sent {
@@ -234,6 +240,7 @@ impl Flights {
             let Some(flight) = self.end(seq, true, pending) else {
                 continue;
             };
+            arrived(flight.range);
             self.undurable.insert(seq, flight.range);
             for block in flight.range.iter() {
                 self.newest.insert(block.0, seq);

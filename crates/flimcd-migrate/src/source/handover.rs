@@ -11,13 +11,15 @@
 //! sends `CancelSwitch` and thaws only when the target has durably refused. No timeout does it.
 
 use flimcd_core::{BlockSet, Epoch, Time};
-use flimcd_wire::{ErrorCode, Message, SeqRuns, TargetStage, WireError, split_set};
+use flimcd_wire::{
+    ErrorCode, HeatKind, HeatPart, Message, SeqRuns, TargetStage, WireError, split_set,
+};
 
 use super::{
     Cancel, LinkState, RETRY, SourceAction, SourceEvent, SourceMachine, SourcePhase, SourceRecord,
     Switchover,
 };
-use crate::DiskError;
+use crate::{DiskError, policy::Writes};
 
 impl SourceMachine {
     /// Where the target stands, after every link-up.
@@ -26,6 +28,9 @@ impl SourceMachine {
         match (self.phase, stage) {
             (SourcePhase::Connecting, TargetStage::Incoming) => {
                 self.set_phase(SourcePhase::PreCopy);
+                if self.policy.writes() == Writes::Mirrored {
+                    self.actions.push_back(SourceAction::Mirror(true));
+                }
                 self.consider_cancel();
             }
             (SourcePhase::Switching, TargetStage::Incoming) if self.cancel == Cancel::No => {
@@ -69,6 +74,7 @@ impl SourceMachine {
         {
             self.set_phase(SourcePhase::Stopping);
             self.actions.push_back(SourceAction::Freeze);
+            self.free_writes();
         }
     }
 
@@ -181,6 +187,15 @@ impl SourceMachine {
         self.actions.push_back(SourceAction::Release);
         self.persist(SourceRecord::Released(epoch));
         self.events.push_back(SourceEvent::SwitchedOver);
+        let prediction = self.with_policy(now, |policy, view| policy.predict(view));
+        self.events.extend(prediction.map(SourceEvent::Predicted));
+        self.heat_parts = [
+            HeatPart::of(self.heat.reads(), HeatKind::Read),
+            HeatPart::of(self.heat.writes(), HeatKind::Write),
+        ]
+        .into_iter()
+        .flatten()
+        .collect();
         self.enter_post_copy(now);
     }
 
@@ -278,7 +293,9 @@ impl SourceMachine {
             SourcePhase::Preparing | SourcePhase::Switching => self.thaw_due = true,
             _ => {}
         }
+        self.free_writes();
         self.urgent.clear();
+        self.prefetched.clear();
         self.bulk.clear();
         self.set_phase(SourcePhase::Returning);
         self.persist(SourceRecord::Owner);

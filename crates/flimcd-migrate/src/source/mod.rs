@@ -34,15 +34,15 @@ mod types;
 use std::{collections::VecDeque, time::Duration};
 
 use bytes::Bytes;
-use flimcd_core::{BlockIndex, BlockRange, BlockSet, Epoch, Heat, Seq, Time};
+use flimcd_core::{BlockRange, BlockSet, Epoch, Heat, Seq, Time};
 use flimcd_wire::{
-    Accept, Blocks, Class, Entry, ErrorCode, Message, Open, Probe, SampleChunk, SourceStage,
-    TargetStage, WireError,
+    Accept, Blocks, Class, Entry, ErrorCode, HeatPart, Message, Open, Probe, SampleChunk,
+    SourceStage, TargetStage, WireError,
 };
 
 use crate::{
-    DiskError, HEAT_HALF_LIFE, LinkEstimate,
-    policy::{Policy, View},
+    DiskError, LinkEstimate,
+    policy::{HeatMaps, Policy, View},
 };
 use base::Lacking;
 use flights::Flights;
@@ -72,8 +72,11 @@ pub struct SourceMachine {
     probing: Probing,
     /// Until the target has said what stands there.
     lacking: Option<Lacking>,
-    write_heat: Heat,
-    heat_since: Time,
+    heat: HeatMaps,
+    /// What was hot, for the target.
+    heat_parts: VecDeque<HeatPart>,
+    /// Of the guest's writes, as the driver was last told.
+    write_limit: Option<u64>,
     link: LinkState,
     estimate: LinkEstimate,
     target_incarnation: Option<u64>,
@@ -81,6 +84,7 @@ pub struct SourceMachine {
     cancel: Cancel,
     /// Content of flights that the link has not taken.
     urgent: VecDeque<Blocks>,
+    prefetched: VecDeque<Blocks>,
     bulk: VecDeque<Blocks>,
     control: VecDeque<Message>,
     actions: VecDeque<SourceAction>,
@@ -145,14 +149,16 @@ impl SourceMachine {
             seeding: Seeding::new(),
             probing: Probing::default(),
             lacking,
-            write_heat: Heat::new(config.size, HEAT_HALF_LIFE, now),
-            heat_since: now,
+            heat: HeatMaps::new(config.size, now),
+            heat_parts: VecDeque::new(),
+            write_limit: None,
             link: LinkState::Down,
             estimate: LinkEstimate::default(),
             target_incarnation: None,
             switchover: Switchover::Wait,
             cancel: Cancel::No,
             urgent: VecDeque::new(),
+            prefetched: VecDeque::new(),
             bulk: VecDeque::new(),
             control: VecDeque::new(),
             actions: VecDeque::new(),
@@ -179,6 +185,18 @@ impl SourceMachine {
         if self.policy.uses_library() {
             self.seeding.set_sample(sample);
         }
+    }
+
+    /// What was hot before the migration, over minutes ([`LONG_HALF_LIFE`](crate::LONG_HALF_LIFE)). To be called before the first
+    /// link-up, if at all.
+    pub fn set_heat(&mut self, reads: &Heat, writes: &Heat) {
+        self.heat.warm_up(reads, writes);
+    }
+
+    /// What is hot: reads and writes over minutes.
+    #[must_use]
+    pub fn heat(&self) -> &HeatMaps {
+        &self.heat
     }
 
     /// The epoch that the target is to own.
@@ -208,6 +226,7 @@ impl SourceMachine {
         self.pending.memory_bytes()
             + self.flights.blocks().memory_bytes()
             + self.lacking.as_ref().map_or(0, Lacking::memory_bytes)
+            + self.heat.memory_bytes()
             + self.seeding.memory_bytes()
     }
 
@@ -222,8 +241,7 @@ impl SourceMachine {
             size: self.config.size,
             pending: &self.pending,
             in_flight_blocks: self.flights.blocks().count(),
-            write_heat: &self.write_heat,
-            heat_since: self.heat_since,
+            heat: &self.heat,
             link: self.estimate,
             bytes_per_block: self.progress.bytes_per_block,
         };
@@ -283,9 +301,10 @@ impl SourceMachine {
     pub fn handle_message(&mut self, now: Time, message: Message) {
         match message {
             Message::Accept(accept) => self.handle_accept(now, &accept),
-            Message::Ack { seqs } => self.flights.acknowledged(&seqs.0, &mut self.pending),
+            Message::Ack { seqs } => self.handle_ack(&seqs.0),
             Message::Durable { seqs } => self.handle_durable(&seqs.0),
-            Message::Demand { runs } => self.handle_demand(runs.iter()),
+            Message::Demand { runs } => self.handle_demand(now, runs.iter()),
+            Message::Touched { reads } => self.handle_touched(now, &reads),
             Message::Unneeded { runs } => self.handle_unneeded(runs.iter()),
             Message::SwitchDone { epoch } => self.handle_switch_done(now, epoch),
             Message::SwitchRefused { epoch } => self.handle_switch_refused(epoch),
@@ -313,19 +332,22 @@ impl SourceMachine {
     /// Dirty marks that the driver drained from the volume.
     pub fn handle_dirtied(&mut self, now: Time, dirty: &BlockSet) {
         for run in dirty.runs() {
-            let mut at = run.start;
-            while at < run.end {
-                let chunk = BlockIndex(at).chunk();
-                let end = run.end.min(chunk.blocks().end);
-                self.write_heat.add(chunk, end - at, now);
-                at = end;
-            }
+            self.heat.written(run, now);
+            self.policy.on_dirtied(run);
         }
         if let Some(lacking) = &mut self.lacking {
             lacking.dirtied(dirty);
         }
         self.flights.dirtied(dirty, &mut self.pending);
         self.advance(now);
+    }
+
+    /// Reads of the guest at the source, in order of time. Advice: some may be left out.
+    pub fn handle_reads(&mut self, now: Time, reads: &[BlockRange]) {
+        for &run in reads {
+            self.heat.read(run, now);
+            self.policy.on_read(now, run);
+        }
     }
 
     /// Answer to [`SourceAction::Read`] or [`SourceAction::Pack`]: the packed content, or why there is none.
@@ -392,6 +414,8 @@ impl SourceMachine {
     pub fn handle_timeout(&mut self, now: Time) {
         if self.next_tick.is_some_and(|at| at <= now) {
             self.next_tick = (!self.phase.is_final()).then(|| now + TICK);
+            self.heat.decay(now);
+            self.consider_writes(now);
         }
         if let Some((_, record)) = self.persist_retry.take_if(|(at, _)| *at <= now) {
             self.persist(record);
@@ -420,7 +444,13 @@ impl SourceMachine {
             return None;
         }
         let holds = self.seeding.holds();
-        [Class::Fault, Class::Bulk]
+        if !holds
+            && has_room(Class::Bulk)
+            && let Some(part) = self.heat_parts.pop_front()
+        {
+            return Some((Class::Bulk, Message::Heat(part)));
+        }
+        [Class::Fault, Class::Prefetch, Class::Bulk]
             .into_iter()
             .filter(|&class| class == Class::Fault || !holds)
             .filter(|&class| has_room(class))

@@ -13,7 +13,7 @@
 use std::collections::BTreeSet;
 
 use flimcd_core::{BLOCK_SIZE, BLOCKS_PER_CHUNK, BlockIndex, BlockRange, Seq};
-use flimcd_wire::{Message, Probe, Probed, Runs};
+use flimcd_wire::{Class, Message, Probe, Probed, Runs};
 
 use super::{LinkState, SourceAction, SourceMachine, SourcePhase, flights::Stage};
 use crate::LinkEstimate;
@@ -115,7 +115,7 @@ impl SourceMachine {
         let Some(flight) = self.flights.get_mut(seq) else {
             return self.actions.push_back(SourceAction::Forget(seq));
         };
-        let is_urgent = flight.urgent;
+        let is_urgent = flight.class == Class::Fault;
         self.flights
             .set_stage(seq, Stage::Probing(probe.blocks.blocks()));
         if is_urgent {

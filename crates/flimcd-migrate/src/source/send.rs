@@ -1,5 +1,7 @@
 //! Choosing, reading and sending content.
 
+use std::collections::VecDeque;
+
 use flimcd_core::{BLOCKS_PER_CHUNK, BlockIndex, BlockRange, Seq, SeqSet, Time, limits};
 use flimcd_wire::{Blocks, Class, ErrorCode, Message, Runs, WireError};
 
@@ -7,7 +9,10 @@ use super::{
     Cancel, LinkState, RETRY, SourceAction, SourceMachine, SourcePhase, flights::Stage,
     seeding::Verdict,
 };
-use crate::DiskError;
+use crate::{
+    DiskError,
+    policy::{Policy, View, Writes},
+};
 
 /// Blocks that are read ahead of the link: 2 MiB. Enough to keep a disk busy, and little enough for what
 /// is sent next to be decided late.
@@ -31,6 +36,12 @@ impl SourceMachine {
             && self.flights.probing_blocks() < waiting_max
             && self.flights.sent_blocks() < SENT_BLOCKS_MAX
         {
+            if self.phase == SourcePhase::PostCopy
+                && let Some(range) = self.ask_policy(now, |policy, view| policy.next_prefetch(view))
+            {
+                self.start_read(range, Class::Prefetch);
+                continue;
+            }
             let Some(range) = self.choose(now) else { break };
             self.begin_run(now, range);
         }
@@ -52,20 +63,28 @@ impl SourceMachine {
             if follows && range.len() + next.len() <= max {
                 range.end = next.end;
             } else {
-                self.start_read(range, false);
+                self.start_read(range, Class::Bulk);
                 range = next;
             }
         }
-        self.start_read(range, false);
+        self.start_read(range, Class::Bulk);
     }
 
     fn choose(&mut self, now: Time) -> Option<BlockRange> {
         let phase = self.phase;
-        let range = self.with_policy(now, |policy, view| match phase {
+        self.ask_policy(now, |policy, view| match phase {
             SourcePhase::PreCopy | SourcePhase::Draining => policy.next_precopy(view),
             SourcePhase::PostCopy => policy.next_push(view),
             _ => None,
-        })?;
+        })
+    }
+
+    fn ask_policy(
+        &mut self,
+        now: Time,
+        ask: impl FnOnce(&mut dyn Policy, &View<'_>) -> Option<BlockRange>,
+    ) -> Option<BlockRange> {
+        let range = self.with_policy(now, ask)?;
         assert!(
             self.pending.contains_all(range),
             "a policy may only choose pending blocks"
@@ -73,15 +92,15 @@ impl SourceMachine {
         Some(range)
     }
 
-    fn start_read(&mut self, range: BlockRange, urgent: bool) {
+    fn start_read(&mut self, range: BlockRange, class: Class) {
         self.pending.remove_range(range);
-        let seq = self.flights.start(range, urgent);
+        let seq = self.flights.start(range, class);
         self.actions.push_back(SourceAction::Read {
             seq,
             range,
             compress: self.policy.compress(),
             same: self.seeding.same_in(range),
-            probe: !urgent && self.policy.uses_library() && self.probing.wants(range),
+            probe: class == Class::Bulk && self.policy.uses_library() && self.probing.wants(range),
         });
     }
 
@@ -93,15 +112,18 @@ impl SourceMachine {
         let Some(flight) = self.flights.get_mut(blocks.seq) else {
             return;
         };
-        let urgent = flight.urgent;
+        let class = flight.class;
         self.flights.set_stage(blocks.seq, Stage::Queued);
         self.seeding.was_read(&blocks.entries);
-        let queue = if urgent {
-            &mut self.urgent
-        } else {
-            &mut self.bulk
-        };
-        queue.push_back(blocks);
+        self.content_queue(class).push_back(blocks);
+    }
+
+    fn content_queue(&mut self, class: Class) -> &mut VecDeque<Blocks> {
+        match class {
+            Class::Fault => &mut self.urgent,
+            Class::Prefetch => &mut self.prefetched,
+            Class::Control | Class::Ram | Class::Bulk => &mut self.bulk,
+        }
     }
 
     pub(super) fn handle_read_error(&mut self, now: Time, seq: Seq, error: &DiskError) {
@@ -122,12 +144,7 @@ impl SourceMachine {
             return None;
         }
         loop {
-            let queue = if class == Class::Fault {
-                &mut self.urgent
-            } else {
-                &mut self.bulk
-            };
-            let blocks = queue.pop_front()?;
+            let blocks = self.content_queue(class).pop_front()?;
             if !self.flights.take_off(blocks.seq) {
                 self.flights.abandon(blocks.seq, &mut self.pending);
                 continue;
@@ -156,7 +173,7 @@ impl SourceMachine {
     }
 
     /// A guest at the target waits for these blocks.
-    pub(super) fn handle_demand(&mut self, runs: impl Iterator<Item = BlockRange>) {
+    pub(super) fn handle_demand(&mut self, now: Time, runs: impl Iterator<Item = BlockRange>) {
         if !matches!(self.phase, SourcePhase::Switching | SourcePhase::PostCopy) {
             return self.protocol_error("a demand before the switch");
         }
@@ -166,7 +183,7 @@ impl SourceMachine {
                 return self.protocol_error("a demand for too much, or beyond the volume");
             }
             blocks_left -= run.len();
-            self.policy.on_demand(run);
+            self.policy.on_demand(now, run);
             let (waiting, rest) = self.flights.split_demand(run);
             for seq in waiting {
                 self.hurry(seq);
@@ -174,7 +191,7 @@ impl SourceMachine {
             for range in rest {
                 for piece in by_chunk(range) {
                     let piece = self.widen(piece);
-                    self.start_read(piece, true);
+                    self.start_read(piece, Class::Fault);
                 }
             }
         }
@@ -208,7 +225,7 @@ impl SourceMachine {
         if is_urgent {
             self.seeding.clear(range);
             for piece in by_chunk(range) {
-                self.start_read(piece, true);
+                self.start_read(piece, Class::Fault);
             }
         }
     }
@@ -216,15 +233,60 @@ impl SourceMachine {
     /// Moves a flight that the link has not taken to the front.
     fn hurry(&mut self, seq: Seq) {
         if let Some(flight) = self.flights.get_mut(seq) {
-            flight.urgent = true;
+            flight.class = Class::Fault;
             if matches!(flight.stage, Stage::Probing(_)) {
                 self.pack(seq, Runs::default());
             }
         }
-        if let Some(at) = self.bulk.iter().position(|blocks| blocks.seq == seq)
-            && let Some(blocks) = self.bulk.remove(at)
-        {
-            self.urgent.push_back(blocks);
+        for queue in [&mut self.prefetched, &mut self.bulk] {
+            if let Some(at) = queue.iter().position(|blocks| blocks.seq == seq)
+                && let Some(blocks) = queue.remove(at)
+            {
+                self.urgent.push_back(blocks);
+            }
+        }
+    }
+
+    /// What the guest at the target has read.
+    pub(super) fn handle_touched(&mut self, now: Time, reads: &[BlockRange]) {
+        if self.phase != SourcePhase::PostCopy {
+            return;
+        }
+        let size = self.config.size.all_blocks();
+        for run in reads.iter().map(|run| run.intersect(size)) {
+            self.heat.read(run, now);
+            self.policy.on_read(now, run);
+        }
+    }
+
+    /// The target has the content of these messages.
+    pub(super) fn handle_ack(&mut self, seqs: &SeqSet) {
+        let mut arrived = Vec::new();
+        self.flights
+            .acknowledged(seqs, &mut self.pending, |range| arrived.push(range));
+        if self.phase == SourcePhase::PreCopy && self.policy.writes() == Writes::Mirrored {
+            self.actions.push_back(SourceAction::Acked(arrived));
+        }
+    }
+
+    /// Tells the driver what becomes of the guest's writes, when that has changed.
+    pub(super) fn consider_writes(&mut self, now: Time) {
+        if self.phase != SourcePhase::PreCopy || self.policy.writes() != Writes::Limited {
+            return;
+        }
+        let limit = self.with_policy(now, |policy, view| policy.write_limit(view));
+        if limit != self.write_limit {
+            self.write_limit = limit;
+            self.actions.push_back(SourceAction::LimitWrites(limit));
+        }
+    }
+
+    /// The guest's writes do not wait for the migration any more.
+    pub(super) fn free_writes(&mut self) {
+        match self.policy.writes() {
+            Writes::Free => {}
+            Writes::Mirrored => self.actions.push_back(SourceAction::Mirror(false)),
+            Writes::Limited => self.actions.push_back(SourceAction::LimitWrites(None)),
         }
     }
 

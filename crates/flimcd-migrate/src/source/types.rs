@@ -5,6 +5,8 @@ use flimcd_wire::{
     ChunkPrefix, Content, Entry, Probed, Runs, SourceStage, TargetReport, VolumeOffer, WireError,
 };
 
+use crate::policy::Prediction;
+
 /// What a migration is about.
 pub struct SourceConfig {
     /// Its number.
@@ -97,6 +99,15 @@ pub enum SourceAction {
     Release,
     /// Whether guests can fault: bulk is paced then. Done at once.
     SetPacing(bool),
+    /// Whether a guest's write to blocks that the target has is answered only after [`SourceAction::Acked`] names them
+    /// (`Volume::set_mirroring`). Done at once. A guest that is stopped, a migration that ends, and a link that is away for long
+    /// let all answers go.
+    Mirror(bool),
+    /// The target has the newest content of these, as far as it was handed to the link: writes to them may be answered. Done at once,
+    /// and only while mirroring.
+    Acked(Vec<BlockRange>),
+    /// Bytes a second that the guest may write; `None` for as much as it wants. Done at once.
+    LimitWrites(Option<u64>),
 }
 
 /// What the driver may want to tell somebody.
@@ -108,6 +119,8 @@ pub enum SourceEvent {
     ReadyForSwitchover,
     /// The target owns the volume.
     SwitchedOver,
+    /// What the policy expects of the time after the switch, told when it is made.
+    Predicted(Prediction),
     /// The target has everything; the source can be switched off.
     Completed,
     /// Ended before the switch, as asked.

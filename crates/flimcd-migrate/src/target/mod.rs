@@ -27,8 +27,8 @@ use std::{
 
 use flimcd_core::{BlockRange, BlockSet, Epoch, Seq, SeqSet, Time, VolumeLayout, limits};
 use flimcd_wire::{
-    Accept, Blocks, Class, ErrorCode, Message, Open, Probe, Probed, Runs, SeqRuns, SourceStage,
-    TargetReport, TargetStage, WireError,
+    Accept, Blocks, Class, ErrorCode, MAX_TOUCHED, Message, Open, Probe, Probed, Runs, SeqRuns,
+    SourceStage, TargetReport, TargetStage, WireError,
 };
 
 use crate::DiskError;
@@ -49,6 +49,8 @@ const TICK: Duration = Duration::from_millis(250);
 const IDLE_BEFORE_ASKING: Duration = Duration::from_secs(2);
 /// Probes that are looked into at once; a source has far fewer.
 const PROBES_MAX: usize = 8192;
+/// What the guest reads is told after so long: a stream of reads is one message then, and its next steps still come in time.
+const TOUCHED_INTERVAL: Duration = Duration::from_millis(10);
 /// How many blocks are asked for then.
 const IDLE_ASK_BLOCKS: u64 = 256;
 
@@ -78,6 +80,9 @@ pub struct TargetMachine {
     /// Faults that were sent to the source and whose blocks are not here.
     demanded: BlockSet,
     demands: VecDeque<BlockRange>,
+    /// What the guest has read and the source has not been told, and when it is to be.
+    touched: Vec<BlockRange>,
+    touched_due: Option<Time>,
     control: VecDeque<Message>,
     report: TargetReport,
     reported: TargetReport,
@@ -109,6 +114,8 @@ impl TargetMachine {
             vm_is_ready: false,
             waiting_open: None,
             demands: VecDeque::new(),
+            touched: Vec::new(),
+            touched_due: None,
             control: VecDeque::new(),
             report: TargetReport::default(),
             reported: TargetReport::default(),
@@ -182,6 +189,8 @@ impl TargetMachine {
         self.control.clear();
         self.seeding.reset();
         self.probes.clear();
+        self.touched.clear();
+        self.touched_due = None;
         self.demands.clear();
         self.demanded.clear();
         if self.phase == TargetPhase::Incoming {
@@ -197,6 +206,8 @@ impl TargetMachine {
         self.control.clear();
         self.seeding.reset();
         self.probes.clear();
+        self.touched.clear();
+        self.touched_due = None;
         self.demands.clear();
         if self.phase == TargetPhase::Incoming {
             self.offer = None;
@@ -225,6 +236,7 @@ impl TargetMachine {
                 self.arrivals.drop_stale(&stale.0);
                 self.handle_switch(epoch, parts, missing_blocks, &in_flight.0);
             }
+            Message::Heat(part) => self.actions.push_back(TargetAction::KeepHeat(part)),
             Message::CancelSwitch { epoch } => self.handle_cancel_switch(epoch),
             Message::Failed(error) => self.note(format!("the source reports: {error}")),
             _ => self.protocol_error("a message that is not for a target"),
@@ -384,6 +396,25 @@ impl TargetMachine {
         self.advance(now);
     }
 
+    /// What the guest has read since the switch, whether it was there or not, in order of time. Advice: some may be left out,
+    /// and some are not passed on.
+    pub fn handle_reads(&mut self, now: Time, reads: &[BlockRange]) {
+        if self.phase != TargetPhase::PostCopy || !self.accepted {
+            return;
+        }
+        for &read in reads {
+            let is_full = self.touched.len() >= MAX_TOUCHED;
+            match self.touched.last_mut() {
+                Some(last) if last.end == read.start => last.end = read.end,
+                _ if is_full => {}
+                _ => self.touched.push(read),
+            }
+        }
+        if !self.touched.is_empty() {
+            self.touched_due.get_or_insert(now + TOUCHED_INTERVAL);
+        }
+    }
+
     /// How many blocks are missing now; call it after every change that an `Apply` or a guest made.
     pub fn handle_missing(&mut self, now: Time, blocks: u64) {
         self.report.missing_blocks = blocks;
@@ -433,6 +464,11 @@ impl TargetMachine {
         if self.next_tick <= now {
             self.next_tick = now + TICK;
             self.tick(now);
+        }
+        if self.touched_due.is_some_and(|due| due <= now) {
+            self.touched_due = None;
+            let reads = std::mem::take(&mut self.touched);
+            self.tell_source(Message::Touched { reads });
         }
         self.advance(now);
     }
@@ -492,11 +528,11 @@ impl TargetMachine {
         if self.is_final() {
             return None;
         }
-        Some(
-            self.arrivals
-                .sync_due()
-                .map_or(self.next_tick, |due| due.min(self.next_tick)),
-        )
+        [self.arrivals.sync_due(), self.touched_due]
+            .into_iter()
+            .flatten()
+            .chain([self.next_tick])
+            .min()
     }
 
     // ---- what follows from the inputs ---------------------------------------------------------

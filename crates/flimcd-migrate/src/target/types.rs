@@ -1,7 +1,9 @@
 //! What goes into a target machine and what comes out of it.
 
 use flimcd_core::{BlockSet, Epoch, MigrationId, VolumeSize};
-use flimcd_wire::{Base, Blocks, Probe, SampleChunk, SeedId, SeedTable, TargetStage, WireError};
+use flimcd_wire::{
+    Base, Blocks, HeatPart, Probe, SampleChunk, SeedId, SeedTable, TargetStage, WireError,
+};
 use std::sync::Arc;
 
 /// What a migration is about.
@@ -93,6 +95,9 @@ pub enum TargetAction {
     },
     /// Find out which of these blocks are here, remember where under the probe's number, and answer with `handle_probed`.
     Probe(Probe),
+    /// How hot a part of the layout was at the source: the volumes keep it with their own heat. Done at once, and without an
+    /// answer: it is advice.
+    KeepHeat(HeatPart),
     /// The migration ended before the switch: leave a durable note that it is over here, so that a
     /// source that asks after a restart can be refused, then remove what arrived. Writes that were begun
     /// are waited for.

@@ -16,8 +16,8 @@ use flimcd_migrate::{
     TargetMachine, TargetPhase, TargetStart, policy,
 };
 use flimcd_wire::{
-    Base, Blocks, ChunkPrefix, Class, Content, Message, Runs, SampleChunk, SeedId, SeedTable,
-    SourceStage, TargetStage, VolumeOffer,
+    Base, Blocks, ChunkPrefix, Class, Content, HeatPart, Message, Runs, SampleChunk, SeedId,
+    SeedTable, SourceStage, TargetStage, VolumeOffer,
 };
 
 use crate::store::{Read, Store, fingerprint};
@@ -87,6 +87,12 @@ pub(crate) struct Pair {
     known: BTreeMap<u64, u64>,
     /// Messages that the source has given up because some of their blocks were outdated at the switch.
     given_up: SeqSet,
+    /// The guest's writes wait for the target.
+    pub(crate) mirrors: bool,
+    /// What the source has told to be at the target meanwhile.
+    pub(crate) acked: Vec<BlockRange>,
+    /// What the target was told to be hot.
+    pub(crate) heat: Vec<HeatPart>,
     pub(crate) source_events: Vec<SourceEvent>,
     pub(crate) target_events: Vec<TargetEvent>,
 }
@@ -195,6 +201,9 @@ impl Pair {
             delivered: 0,
             known: BTreeMap::new(),
             given_up: SeqSet::new(),
+            mirrors: false,
+            acked: Vec::new(),
+            heat: Vec::new(),
             source_events: Vec::new(),
             target_events: Vec::new(),
         }
@@ -549,7 +558,9 @@ impl Pair {
                 self.source.handle_persisted(self.now, record, Ok(()));
             }
             SourceAction::Release => assert!(!self.serving, "released while it serves the guest"),
-            SourceAction::SetPacing(_) => {}
+            SourceAction::SetPacing(_) | SourceAction::LimitWrites(_) => {}
+            SourceAction::Mirror(is_on) => self.mirrors = is_on,
+            SourceAction::Acked(runs) => self.acked.extend(runs),
         }
     }
 
@@ -645,6 +656,7 @@ impl Pair {
                 self.target.handle_seed(self.now, choice);
             }
             TargetAction::Discard => self.discarded = true,
+            TargetAction::KeepHeat(part) => self.heat.push(part),
         }
     }
 }

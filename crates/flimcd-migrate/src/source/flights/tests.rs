@@ -90,7 +90,7 @@ impl World {
                     return;
                 };
                 self.pending.remove_range(run);
-                let seq = self.flights.start(run, false);
+                let seq = self.flights.start(run, Class::Bulk);
                 let content = run
                     .iter()
                     .map(|b| (b.0, Self::at(&self.source, b.0)))
@@ -126,9 +126,13 @@ impl World {
                 self.received.insert(seq);
                 self.unsynced.insert(seq);
             }
-            Step::Acknowledge => self.flights.acknowledged(&self.received, &mut self.pending),
+            Step::Acknowledge => {
+                self.flights
+                    .acknowledged(&self.received, &mut self.pending, |_| ())
+            }
             Step::Sync => {
-                self.flights.acknowledged(&self.received, &mut self.pending);
+                self.flights
+                    .acknowledged(&self.received, &mut self.pending, |_| ());
                 self.durable.clone_from(&self.target);
                 let seqs = std::mem::take(&mut self.unsynced);
                 for run in self.flights.durable(&seqs, &self.pending) {

@@ -121,8 +121,9 @@ impl VmSource {
         } = self.transfer;
         // The first look comes before the first pass; each further one begins with what was written in the last.
         let budget_s = self.config.downtime_max.as_secs_f64() * RAM_SHARE;
-        // A guest that writes nothing at all: what the first pass has not sent yet is all there is.
-        if self.is_idle && seconds(left, rate) <= budget_s {
+        // A guest that writes nothing at all: what the first pass has not sent yet is all there is. Before that pass has begun
+        // nothing seems to be left either.
+        if self.is_idle && syncs > 0 && seconds(left, rate) <= budget_s {
             return self.switch(VmSourceAction::Finish);
         }
         if syncs <= self.attempt.syncs || syncs < 2 {
