@@ -36,6 +36,8 @@ pub(crate) enum InboxItem {
         ticket: Ticket,
         parts: Vec<PeekedPart>,
     },
+    /// A write that ended, and that its guest may hear of now.
+    Released { ticket: Ticket },
     /// The flush in a slot ended elsewhere.
     Flushed { slot: usize, result: io::Result<()> },
 }

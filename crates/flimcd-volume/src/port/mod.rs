@@ -5,6 +5,8 @@
 //!                                    │                          │ FUA or flush
 //!                                    └─Parked─► inbox ──Go──►   └─► sync ─► presence ─► reply
 //! ```
+//! A write that the rules hold (mirroring, a limit of writes) is replied to when they let it go.
+//!
 //! Requests are collected by [`submit`](GuestPort::submit), and [`kick`](GuestPort::kick) admits all of them under one short
 //! lock and hands them to the kernel. [`poll`](GuestPort::poll) never waits; a thread with nothing to do waits for the
 //! descriptors of [`wait_fds`](GuestPort::wait_fds) and polls again. Requests are independent of each other: they run in parallel and
@@ -27,7 +29,7 @@ pub use request::{GuestError, GuestReply, GuestRequest, RequestKind};
 
 use crate::{
     device::{IoBuf, IoDone, IoKind, IoOp, IoQueue},
-    rules::{Admission, FlushPlan, FlushStep, Outcome, Refusal, Ticket},
+    rules::{Admission, Completion, FlushPlan, FlushStep, Outcome, Refusal, Ticket},
     volume::{FlushJob, Volume},
 };
 use slots::{InFlight, Slots, Stage};
@@ -227,6 +229,10 @@ impl GuestPort {
                     self.end_flush(slot, result);
                     continue;
                 }
+                InboxItem::Released { ticket } => {
+                    self.end_hold(ticket);
+                    continue;
+                }
             };
             let slot = self.slots.unpark(ticket);
             match admission {
@@ -257,6 +263,20 @@ impl GuestPort {
             request.fill(part.start, &part.bytes);
         }
         self.replies.push(request.reply(Ok(())));
+    }
+
+    /// A write that was held may be replied to, once it is durable if it has to be.
+    fn end_hold(&mut self, ticket: Ticket) {
+        let slot = self.slots.unpark(ticket);
+        if !self.slots.get_mut(slot).fua {
+            let request = self.slots.remove(slot);
+            self.replies.push(request.reply(Ok(())));
+            return;
+        }
+        let mut plan = self.volume.core().change(|core| core.rules.begin_flush());
+        start(&mut plan);
+        self.slots.get_mut(slot).stage = Stage::Sync(plan);
+        self.push_sync(slot);
     }
 
     /// Hands admitted requests to the queue. Blocks that became dirty are recorded durably before.
@@ -306,7 +326,7 @@ impl GuestPort {
                 *result = self.volume.note_present(blocks);
             }
         }
-        let (slots, replies) = (&mut self.slots, &mut self.replies);
+        let (slots, replies, inbox) = (&mut self.slots, &mut self.replies, &self.inbox);
         let mut synced = Vec::new();
         let mut syncs = Vec::new();
         self.volume.core().change(|core| {
@@ -324,7 +344,10 @@ impl GuestPort {
                         } else {
                             Outcome::Failed
                         };
-                        core.rules.finish(ticket, outcome);
+                        if core.finish(ticket, outcome, inbox) == Completion::Held {
+                            slots.hold(slot, ticket);
+                            continue;
+                        }
                         if request.fua && result.is_ok() {
                             let mut plan = core.rules.begin_flush();
                             start(&mut plan);
@@ -336,7 +359,7 @@ impl GuestPort {
                         }
                     }
                     Stage::Sync(plan) => synced.push((slot, plan, result)),
-                    Stage::Parked(_) | Stage::Presence | Stage::Ended => {
+                    Stage::Parked(_) | Stage::Held(_) | Stage::Presence | Stage::Ended => {
                         unreachable!("no I/O in this stage")
                     }
                 }
@@ -415,21 +438,26 @@ impl Drop for GuestPort {
                     } => {
                         decided.push(ticket);
                         if matches!(admission, Admission::Go { .. }) {
-                            core.rules.finish(ticket, Outcome::Failed);
+                            let _ = core.rules.finish(ticket, Outcome::Failed);
                         }
                     }
-                    InboxItem::Peeked { ticket, .. } => decided.push(ticket),
+                    InboxItem::Peeked { ticket, .. } | InboxItem::Released { ticket } => {
+                        decided.push(ticket);
+                    }
                     InboxItem::Flushed { .. } => {}
                 }
             }
             for request in slots.into_all() {
                 match request.stage {
-                    Stage::Io(ticket) => core.rules.finish(ticket, Outcome::Failed),
+                    Stage::Io(ticket) => {
+                        let _ = core.rules.finish(ticket, Outcome::Failed);
+                    }
+                    Stage::Held(ticket) if !decided.contains(&ticket) => core.forget_held(ticket),
                     Stage::Parked(ticket) if !decided.contains(&ticket) => {
                         core.cancel_parked(ticket);
                     }
                     Stage::Sync(plan) => core.rules.end_flush(plan, false),
-                    Stage::Parked(_) | Stage::Presence | Stage::Ended => {}
+                    Stage::Parked(_) | Stage::Held(_) | Stage::Presence | Stage::Ended => {}
                 }
             }
         });

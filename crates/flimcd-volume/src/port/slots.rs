@@ -15,6 +15,8 @@ use crate::{
 pub(super) enum Stage {
     /// The rules.
     Parked(Ticket),
+    /// The target, or credit: its I/O has ended.
+    Held(Ticket),
     /// Its I/O.
     Io(Ticket),
     /// The data sync of its flush, which is the plan's first step and was taken from it.
@@ -154,6 +156,12 @@ impl Slots {
             unreachable!("only parked requests are parked")
         };
         let slot = self.insert(request);
+        self.parked.insert(ticket, slot);
+    }
+
+    /// The write in `slot` ended, and its guest does not hear of it yet.
+    pub(super) fn hold(&mut self, slot: usize, ticket: Ticket) {
+        self.get_mut(slot).stage = Stage::Held(ticket);
         self.parked.insert(ticket, slot);
     }
 

@@ -3,7 +3,7 @@
 use flimcd_core::{BlockRange, ByteRange};
 
 use super::{
-    Admission, GuestOp, Mode, Mutation, Outcome, Refusal, Rules, Ticket,
+    Admission, Completion, GuestOp, Mode, Mutation, Outcome, Refusal, Rules, Ticket,
     ops::{Op, State},
     presence::Decision,
 };
@@ -113,12 +113,13 @@ impl Rules {
         }
     }
 
-    /// The I/O of an admitted request ended.
+    /// The I/O of an admitted request ended. Says whether the guest may hear of it: always now, unless there is mirroring or a
+    /// limit of writes.
     ///
     /// # Panics
     /// When `ticket` is not of a request that was admitted and has not been finished.
     #[inline]
-    pub fn finish(&mut self, ticket: Ticket, outcome: Outcome) {
+    pub fn finish(&mut self, ticket: Ticket, outcome: Outcome) -> Completion {
         let op = self.ops.remove(ticket, State::Active);
         if self.broken.is(Mutation::MarkDirtyAfterWrite)
             && op.kind != GuestOp::Read
@@ -129,6 +130,7 @@ impl Rules {
         if op.claims {
             self.finish_claim(&op, outcome);
         }
+        self.completion(ticket, &op, outcome)
     }
 
     fn finish_claim(&mut self, op: &Op, outcome: Outcome) {
@@ -170,7 +172,10 @@ impl Rules {
     #[inline]
     #[must_use]
     pub fn has_output(&self) -> bool {
-        !self.woken.is_empty() || self.presence.has_output() || self.peeks.has_output()
+        !self.woken.is_empty()
+            || self.mirror.has_output()
+            || self.presence.has_output()
+            || self.peeks.has_output()
     }
 
     /// Whether [`poll_fault`](Self::poll_fault) may have something.

@@ -60,6 +60,10 @@
 //! Marks are set at a target as well, from the switch on: what its guest writes is what the copy that the source kept
 //! lacks, should the volume go back there.
 //!
+//! # Writes that their guest hears of later
+//! With [`Rules::set_mirroring`] or [`Rules::set_write_limit`] a write that has ended can be held: see `mirror`. It is no
+//! request in flight any more, so it delays no switch, and whatever ends serving lets it go.
+//!
 //! # Flush
 //! In post-copy a flush may be acknowledged only when both the data and the *presence* of what was written before it are
 //! durable, in this order: presence without data would turn a crash into wrong content, data without presence
@@ -86,6 +90,7 @@
 
 mod flush;
 mod guest;
+mod mirror;
 mod mutation;
 mod ops;
 mod peek;
@@ -103,6 +108,7 @@ use std::collections::VecDeque;
 use flimcd_core::VolumeSize;
 
 pub use flush::{FlushPlan, FlushStep};
+pub use mirror::Completion;
 #[cfg(any(test, feature = "mutations"))]
 pub use mutation::Mutation;
 #[cfg(not(any(test, feature = "mutations")))]
@@ -114,6 +120,7 @@ pub use read_log::READS_KEPT_MAX;
 pub use types::{Admission, GuestOp, GuestStats, Mode, Outcome, Refusal};
 
 use flush::Flushes;
+use mirror::Mirror;
 use mutation::Broken;
 use ops::OpTable;
 use peek::Peeks;
@@ -135,6 +142,7 @@ pub struct Rules {
     peeks: Peeks,
     flushes: Flushes,
     reads: ReadLog,
+    mirror: Mirror,
     stats: GuestStats,
     broken: Broken,
 }
@@ -161,6 +169,7 @@ impl Rules {
             peeks: Peeks::default(),
             flushes: Flushes::default(),
             reads: ReadLog::default(),
+            mirror: Mirror::default(),
             stats: GuestStats::default(),
             broken: Broken::default(),
         }
@@ -190,6 +199,7 @@ impl Rules {
         self.ops.memory_bytes()
             + self.parked.capacity() * size_of::<Ticket>()
             + self.tracking.as_ref().map_or(0, Tracking::memory_bytes)
+            + self.mirror.memory_bytes()
             + self.presence.memory_bytes()
             + self.peeks.memory_bytes()
             + self.flushes.memory_bytes()

@@ -16,9 +16,10 @@ impl Rules {
         }
     }
 
-    /// Stops marking and drops the marks.
+    /// Stops marking and drops the marks. Mirroring and the limit of writes end as well.
     pub fn stop_tracking(&mut self) {
         self.tracking = None;
+        self.mirror.stop();
     }
 
     /// Whether writes are marked.
@@ -120,6 +121,7 @@ impl Rules {
     pub fn freeze(&mut self) {
         self.expect_mode(&[Mode::Owner, Mode::Frozen], "freeze");
         self.mode = Mode::Frozen;
+        self.release_held();
     }
 
     /// Whether no admitted request is in flight.
@@ -150,6 +152,7 @@ impl Rules {
         assert!(self.is_drained(), "released with guest requests in flight");
         self.mode = Mode::Released;
         self.tracking = None;
+        self.mirror.stop();
         self.wake(self.size.all_blocks());
     }
 

@@ -11,7 +11,7 @@ use std::{
 
 use crate::{
     port::{Inbox, InboxItem, PeekedPart},
-    rules::{Admission, ApplyPlan, ApplyToken, GuestOp, Mode, Rules, Ticket},
+    rules::{Admission, ApplyPlan, ApplyToken, Completion, GuestOp, Mode, Outcome, Rules, Ticket},
 };
 
 /// Whoever wants to know what happens in a volume. Called without locks held, from any thread; keep it short.
@@ -22,6 +22,8 @@ pub trait VolumeObserver: Send + Sync {
     fn on_peek(&self) {}
     /// The last request in flight of a frozen volume ended after [`freeze`](super::Volume::freeze) had returned.
     fn on_drained(&self) {}
+    /// A write is held that the target is to get: take the dirty marks soon.
+    fn on_held(&self) {}
     /// The last guest connection was closed.
     fn on_guests_gone(&self) {}
 }
@@ -29,7 +31,7 @@ pub trait VolumeObserver: Send + Sync {
 /// What the mutex protects.
 pub(crate) struct Core {
     pub(crate) rules: Rules,
-    /// The port that waits for each parked request.
+    /// The port that waits for each parked request and each held write.
     parked_at: HashMap<Ticket, Arc<Inbox>>,
     /// What came for reads before the switch that are not complete.
     peeked: HashMap<Ticket, Vec<PeekedPart>>,
@@ -37,6 +39,8 @@ pub(crate) struct Core {
     ready: HashMap<ApplyToken, ApplyPlan>,
     /// Whether somebody waits to hear of the drain's end.
     pub(crate) draining: bool,
+    /// A write was held, and nobody was told.
+    held: bool,
 }
 
 impl Core {
@@ -47,6 +51,7 @@ impl Core {
             peeked: HashMap::new(),
             ready: HashMap::new(),
             draining: false,
+            held: false,
         }
     }
 
@@ -63,6 +68,28 @@ impl Core {
             self.parked_at.insert(ticket, inbox.clone());
         }
         admission
+    }
+
+    /// A request of the port that `inbox` belongs to ended.
+    #[inline]
+    pub(crate) fn finish(
+        &mut self,
+        ticket: Ticket,
+        outcome: Outcome,
+        inbox: &Arc<Inbox>,
+    ) -> Completion {
+        let completion = self.rules.finish(ticket, outcome);
+        if completion == Completion::Held {
+            self.parked_at.insert(ticket, inbox.clone());
+            self.held = true;
+        }
+        completion
+    }
+
+    /// Forgets a held write.
+    pub(crate) fn forget_held(&mut self, ticket: Ticket) {
+        self.parked_at.remove(&ticket);
+        self.rules.forget_held(ticket);
     }
 
     /// Forgets a parked request.
@@ -98,7 +125,7 @@ impl Core {
     /// Moves what the rules have to say to those it is for.
     fn collect(&mut self) -> Notices {
         let mut notices = Notices::default();
-        if !self.rules.has_output() && !self.draining {
+        if !self.rules.has_output() && !self.draining && !self.held {
             return notices;
         }
         let in_postcopy = self.in_postcopy();
@@ -117,6 +144,14 @@ impl Core {
             });
             notices.inboxes.push(inbox);
         }
+        while let Some(ticket) = self.rules.poll_released() {
+            let Some(inbox) = self.parked_at.remove(&ticket) else {
+                unreachable!("a held write belongs to a port until it is forgotten");
+            };
+            inbox.put(InboxItem::Released { ticket });
+            notices.inboxes.push(inbox);
+        }
+        notices.held = std::mem::take(&mut self.held);
         while let Some(plan) = self.rules.poll_apply_ready() {
             self.ready.insert(plan.token, plan);
             notices.ready = true;
@@ -138,6 +173,7 @@ struct Notices {
     fault: bool,
     peek: bool,
     drained: bool,
+    held: bool,
 }
 
 /// The core and the way to those who are told.
@@ -185,7 +221,7 @@ impl SharedCore {
         if notices.ready {
             self.apply_ready.notify_all();
         }
-        if notices.fault || notices.peek || notices.drained {
+        if notices.fault || notices.peek || notices.drained || notices.held {
             self.observe(|observer| {
                 if notices.fault {
                     observer.on_fault();
@@ -195,6 +231,9 @@ impl SharedCore {
                 }
                 if notices.drained {
                     observer.on_drained();
+                }
+                if notices.held {
+                    observer.on_held();
                 }
             });
         }

@@ -5,7 +5,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use flimcd_core::{BlockRange, BlockSet, ByteRange, MigrationId, SiteName};
+use flimcd_core::{BlockRange, BlockSet, ByteRange, MigrationId, SiteName, Time};
 
 use super::Volume;
 use crate::state::{Baseline, BitmapFile, Ownership};
@@ -261,6 +261,44 @@ impl Volume {
         let file = durable.unacked.lock();
         let set = file.as_ref().map(BitmapFile::load).transpose()?;
         Ok(set)
+    }
+
+    /// Lets writes to what the target has wait for it, as [`Rules::set_mirroring`](crate::rules::Rules::set_mirroring): the record of what the
+    /// target may lack says which those are.
+    ///
+    /// # Errors
+    /// When the record cannot be read. Nothing waits then.
+    pub fn set_mirroring(&self, is_on: bool) -> io::Result<()> {
+        let lacking = if is_on {
+            let known = self.unacked()?;
+            Some(known.unwrap_or_else(|| BlockSet::full(self.size().blocks())))
+        } else {
+            None
+        };
+        self.core.change(|core| core.rules.set_mirroring(lacking));
+        Ok(())
+    }
+
+    /// The target has acknowledged these blocks: [`Rules::acked`](crate::rules::Rules::acked).
+    pub fn acked(&self, ranges: &[BlockRange]) {
+        self.core.change(|core| core.rules.acked(ranges));
+    }
+
+    /// Limits what guests write per second: [`Rules::set_write_limit`](crate::rules::Rules::set_write_limit).
+    pub fn set_write_limit(&self, bytes_per_sec: Option<u64>, now: Time) {
+        self.core
+            .change(|core| core.rules.set_write_limit(bytes_per_sec, now));
+    }
+
+    /// Credit for guests' writes: [`Rules::refill_writes`](crate::rules::Rules::refill_writes).
+    pub fn refill_writes(&self, now: Time) {
+        self.core.change(|core| core.rules.refill_writes(now));
+    }
+
+    /// The number of the write that is held longest: [`Rules::oldest_held`](crate::rules::Rules::oldest_held).
+    #[must_use]
+    pub fn oldest_held(&self) -> Option<u64> {
+        self.core.lock().rules.oldest_held()
     }
 
     /// Hands over the blocks that the guest wrote since the last call, as [`Rules::take_dirty`](crate::rules::Rules::take_dirty).

@@ -2,6 +2,7 @@
 //! what was not synced, and threads under every schedule that shuttle tries.
 
 mod cases;
+mod mirror;
 mod peeks;
 mod random;
 mod read_log;
