@@ -17,7 +17,8 @@ pub mod state;
 mod volume;
 
 pub use port::{GuestError, GuestPort, GuestReply, GuestRequest, RequestKind};
-pub use state::{Ownership, StateError, VolumeRecord, VolumesDir};
+pub use state::{HeatKind, HeatTotals, Ownership, StateError, VolumeRecord, VolumesDir};
 pub use volume::{
-    Applied, ApplyData, Begun, NewVolume, Sending, Standing, Volume, VolumeError, VolumeObserver,
+    Applied, ApplyData, Begun, HEAT_HALF_LIFE, HeatSnapshot, NewVolume, Sending, Standing, Volume,
+    VolumeError, VolumeObserver,
 };

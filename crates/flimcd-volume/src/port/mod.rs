@@ -29,8 +29,8 @@ pub use request::{GuestError, GuestReply, GuestRequest, RequestKind};
 
 use crate::{
     device::{IoBuf, IoDone, IoKind, IoOp, IoQueue},
-    rules::{Admission, Completion, FlushPlan, FlushStep, Outcome, Refusal, Ticket},
-    volume::{FlushJob, Volume},
+    rules::{Admission, Completion, FlushPlan, FlushStep, Mode, Outcome, Refusal, Ticket},
+    volume::{FlushJob, Touch, Volume},
 };
 use slots::{InFlight, Slots, Stage};
 
@@ -50,6 +50,8 @@ pub struct GuestPort {
     done: Vec<IoDone>,
     messages: Vec<InboxItem>,
     admitted: Vec<Admitted>,
+    /// Requests that are not counted in the volume's heat.
+    touched: Vec<Touch>,
     /// Whether something was pushed to the queue since it was last submitted.
     pushed: bool,
 }
@@ -75,6 +77,7 @@ impl GuestPort {
             done: Vec::new(),
             messages: Vec::new(),
             admitted: Vec::new(),
+            touched: Vec::new(),
             pushed: false,
         })
     }
@@ -167,7 +170,10 @@ impl GuestPort {
         let size = self.volume.size();
         let (submitted, slots, inbox) = (&mut self.submitted, &mut self.slots, &self.inbox);
         let (replies, admitted) = (&mut self.replies, &mut self.admitted);
+        let touched = &mut self.touched;
         self.volume.core().change(|core| {
+            // What is asked for before the switch is of no guest that runs here.
+            let counts = core.rules.mode() != Mode::Incoming;
             for request in submitted.drain(..) {
                 if let Err(error) = request.check(size) {
                     replies.push(request.reply(Err(error)));
@@ -188,7 +194,11 @@ impl GuestPort {
                     replies.push(request.reply(Ok(())));
                     continue;
                 };
-                match core.begin(op, range, inbox) {
+                let admission = core.begin(op, range, inbox);
+                if counts && !matches!(admission, Admission::Refused(_)) {
+                    touched.extend(Touch::of(op, range));
+                }
+                match admission {
                     Admission::Go {
                         ticket,
                         newly_dirty,
@@ -208,6 +218,7 @@ impl GuestPort {
             }
         });
         self.push_admitted();
+        self.volume.heat_book().count(&mut self.touched);
     }
 
     /// Parked requests that were decided.
@@ -424,6 +435,7 @@ impl Drop for GuestPort {
     fn drop(&mut self) {
         // Waits for the I/O in flight, whose requests are then ended below.
         drop(self.queue.take());
+        self.volume.heat_book().count_last(&mut self.touched);
         let slots = std::mem::take(&mut self.slots);
         self.volume.core().change(|core| {
             // Decided requests that this port never heard of are admitted: end them as failed. New ones cannot come, since

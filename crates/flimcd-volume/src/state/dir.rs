@@ -11,7 +11,7 @@ use flimcd_core::{BlockSet, VolumeName};
 use rustix::fs::{FlockOperation, flock};
 
 use super::{
-    BitmapFile, BitmapKind, StateError, VolumeRecord,
+    BitmapFile, BitmapKind, HeatFile, StateError, VolumeRecord,
     record::RECORD_BYTES_MAX,
     replace::{RealFiles, ReplaceError, replace},
 };
@@ -297,6 +297,15 @@ impl StateDir {
     /// When the system refuses.
     pub fn remove_unacked(&self) -> Result<(), StateError> {
         remove_file(&self.path.join(UNACKED))
+    }
+
+    /// Where it is written down what is hot.
+    pub(crate) fn heat_file(&self) -> HeatFile {
+        HeatFile {
+            dir: self.path.clone(),
+            id: self.record.id,
+            size: self.record.size,
+        }
     }
 
     fn create_bitmap(

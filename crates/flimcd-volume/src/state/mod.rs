@@ -8,6 +8,7 @@
 //!     missing       target in post-copy: which blocks are durably not here; changed in place
 //!     missing-now   target in post-copy: which blocks are not here at the moment; changed in place
 //!     unacked       owner: which blocks the copy at another site may lack; changed in place
+//!     heat          how often each chunk is read and written: replaced about once a minute; advice only
 //!   .new-NAME/      a volume being made: removed at the next start
 //!   .delete-NAME/   a volume being removed with its image: finished at the next start
 //!   .forget-NAME/   a volume being removed without its image: finished at the next start
@@ -60,16 +61,37 @@
 //! | 88 | 4008 | zero |
 //! | 4096 | ⌈blocks/8⌉ | block b is bit b mod 8, from the lowest, of byte b div 8 |
 //!
+//! # Byte table of `heat`
+//! | offset | bytes | what |
+//! | --- | --- | --- |
+//! | 0 | 8 | `FLIMHEAT` |
+//! | 8 | 4 | version of the format, 1 |
+//! | 12 | 4 | length of what follows offset 20 |
+//! | 16 | 4 | CRC-32C of bytes 0 to 16 and of what follows offset 20 |
+//! | 20 | 16 | id of the volume |
+//! | 36 | 8 | size of the volume in bytes |
+//! | 44 | 8 | milliseconds that counting took, decayed as the counts are |
+//! | 52 | 8 | the same of counts made elsewhere, beyond that |
+//! | 60 | 32 | decayed counts: reads, blocks read, writes, blocks written |
+//! | 92 | 8 | length of the counts of reads |
+//! | 100 | that | counts of reads by chunk, as [`flimcd_core::Heat::encode`] makes them |
+//! | | rest | counts of writes by chunk |
+//!
+//! It is advice. One that is damaged, of another version or of another volume is left aside with a line in the log.
+//!
 //! # Who owns what
 //! One agent per directory, by its lock; the agent locks the whole `STATE_DIR` besides. Everything here blocks for the disk.
 
 mod bitmap;
 mod dir;
 mod error;
+mod heat;
 mod record;
 mod replace;
 
 pub use bitmap::{BitmapFile, BitmapKind};
 pub use dir::{StateDir, VolumesDir};
 pub use error::StateError;
+pub(crate) use heat::{HeatFile, HeatRecord};
+pub use heat::{HeatKind, HeatTotals};
 pub use record::{Baseline, ImageIdentity, Ownership, Replica, VolumeRecord};

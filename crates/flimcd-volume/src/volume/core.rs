@@ -18,6 +18,8 @@ use crate::{
 pub trait VolumeObserver: Send + Sync {
     /// Blocks are needed, and perhaps were said to be needed before: call [`Volume::poll_fault`](super::Volume::poll_fault) until it is empty.
     fn on_fault(&self) {}
+    /// The guest reads, and the log of that was empty: call [`Volume::take_reads`](super::Volume::take_reads). Only while the log is on.
+    fn on_reads(&self) {}
     /// The source is to be asked for blocks: call [`Volume::poll_peek`](super::Volume::poll_peek) until it is empty.
     fn on_peek(&self) {}
     /// The last request in flight of a frozen volume ended after [`freeze`](super::Volume::freeze) had returned.
@@ -124,7 +126,10 @@ impl Core {
 
     /// Moves what the rules have to say to those it is for.
     fn collect(&mut self) -> Notices {
-        let mut notices = Notices::default();
+        let mut notices = Notices {
+            reads: self.rules.poll_read_news(),
+            ..Notices::default()
+        };
         if !self.rules.has_output() && !self.draining && !self.held {
             return notices;
         }
@@ -172,6 +177,7 @@ struct Notices {
     ready: bool,
     fault: bool,
     peek: bool,
+    reads: bool,
     drained: bool,
     held: bool,
 }
@@ -220,6 +226,9 @@ impl SharedCore {
         }
         if notices.ready {
             self.apply_ready.notify_all();
+        }
+        if notices.reads {
+            self.observe(|observer| observer.on_reads());
         }
         if notices.fault || notices.peek || notices.drained || notices.held {
             self.observe(|observer| {

@@ -235,6 +235,7 @@ impl Volume {
             _ => None,
         };
         let name = record.name.clone();
+        let heat = super::heat::load(&state.heat_file(), record.size);
         let durable = Durable {
             state: Mutex::new(state),
             missing: Mutex::new(missing),
@@ -250,6 +251,7 @@ impl Volume {
             syncs: SyncHealth::default(),
             durable: Some(durable),
             flusher: Flusher::default(),
+            heat,
             came_in_place: AtomicBool::new(false),
         }))
     }
@@ -314,6 +316,10 @@ impl Volume {
         }
         let complete = matches!(ownership, Ownership::Released { complete: true, .. });
         self.store_ownership(ownership)?;
+        if complete {
+            // Not before: while the guest waits for the switch nothing else is written.
+            self.try_store_heat();
+        }
         if complete {
             self.drop_unacked()?;
         }

@@ -7,6 +7,7 @@
 mod core;
 mod error;
 mod flusher;
+mod heat;
 mod lifecycle;
 mod replica;
 #[cfg(test)]
@@ -24,10 +25,15 @@ use std::{
 
 use flimcd_core::{ByteRange, VolumeName, VolumeSize};
 
-pub(crate) use self::{core::SharedCore, flusher::FlushJob};
+pub(crate) use self::{
+    core::SharedCore,
+    flusher::FlushJob,
+    heat::{HeatBook, Touch},
+};
 pub use self::{
     core::VolumeObserver,
     error::VolumeError,
+    heat::{HEAT_HALF_LIFE, HeatSnapshot},
     lifecycle::NewVolume,
     replica::Standing,
     source::{Begun, Sending},
@@ -52,6 +58,7 @@ pub struct Volume {
     backend: String,
     durable: Option<lifecycle::Durable>,
     flusher: flusher::Flusher,
+    heat: HeatBook,
     /// Content arrives over a copy, and nobody but this process can have touched it since that was looked at.
     came_in_place: AtomicBool,
 }
@@ -62,6 +69,7 @@ impl Volume {
     #[must_use]
     pub fn ephemeral(name: VolumeName, device: Arc<dyn BlockDevice>, mode: Mode) -> Arc<Self> {
         let rules = Rules::new(device.size(), mode);
+        let heat = HeatBook::new(device.size(), None);
         Arc::new(Self {
             name,
             device,
@@ -72,6 +80,7 @@ impl Volume {
             backend: "ephemeral".into(),
             durable: None,
             flusher: flusher::Flusher::default(),
+            heat,
             came_in_place: AtomicBool::new(false),
         })
     }
@@ -103,7 +112,7 @@ impl Volume {
     /// Bytes of memory that the volume's sets and tables hold.
     #[must_use]
     pub fn memory_bytes(&self) -> usize {
-        self.core.lock().rules.memory_bytes()
+        self.core.lock().rules.memory_bytes() + self.heat.memory_bytes()
     }
 
     /// How the image is read and written, for people: direct or through the page cache, by which calls.
@@ -185,6 +194,10 @@ impl Volume {
 
     pub(crate) fn core(&self) -> &SharedCore {
         &self.core
+    }
+
+    pub(crate) fn heat_book(&self) -> &HeatBook {
+        &self.heat
     }
 
     /// Runs what is left of a flush elsewhere.

@@ -119,6 +119,8 @@ impl Volume {
         }
         self.came_in_place.store(true, Ordering::Release);
         self.drop_unacked()?;
+        // What was hot when it moved away is of the past, and comes with it anyway.
+        self.heat.clear(self.size());
         self.core.change(|core| core.rules.enter_incoming());
         Ok(())
     }

@@ -307,6 +307,16 @@ impl Volume {
         self.core.lock().rules.take_dirty()
     }
 
+    /// Whether guest reads are kept, as [`Rules::set_read_log`](crate::rules::Rules::set_read_log) has it.
+    pub fn set_read_log(&self, is_on: bool) {
+        self.core.lock().rules.set_read_log(is_on);
+    }
+
+    /// Appends the guest's reads since the last call, as [`Rules::take_reads`](crate::rules::Rules::take_reads).
+    pub fn take_reads(&self, out: &mut Vec<BlockRange>) {
+        self.core.lock().rules.take_reads(out);
+    }
+
     /// Clears the dirty marks of `range`, which is to be read and sent. The read may come later: what the guest writes from
     /// now on is marked.
     pub fn begin_send(self: &Arc<Self>, range: BlockRange) -> Sending {

@@ -1,0 +1,291 @@
+//! How hot the parts of a volume are: decayed counts of the blocks that its guest reads and writes, chunk by chunk.
+//!
+//! A migration orders content by it, from its first moment on if the volume was served for a while before; people see it in
+//! `flimcd heat`. It is advice: nothing is wrong when it is lost or damaged, only slower.
+//!
+//! # On the guest's path
+//! A port takes note of its requests while it holds the core's lock anyway, which is a push to a vector of its own, and counts
+//! them after that under a lock that nothing but heat takes. Where that lock is held, by another port or by somebody who
+//! looks, the port goes on and counts with its next requests. No clock is read: counts are halved by whoever looks, which the agent
+//! does once a minute for every volume ([`Volume::store_heat`]). `benches/heat.rs` measures what it costs.
+//!
+//! # Memory and disk
+//! Two bytes per chunk and kind for regions of 256 MiB that are touched, so at most 64 MiB per TiB, and regions that cool
+//! down are given back. The file `heat` in the volume's directory is replaced at most once a minute when something has changed, when
+//! the volume is handed over and when the agent stops in order. While no agent has the volume open its clock stands still.
+
+use std::{
+    io,
+    sync::{Mutex, MutexGuard, PoisonError, TryLockError},
+    time::{Duration, Instant},
+};
+
+use flimcd_core::{
+    BLOCKS_PER_CHUNK, BlockIndex, BlockRange, ByteRange, ChunkIndex, Heat, Time, VolumeSize,
+};
+
+use super::Volume;
+use crate::{
+    rules::GuestOp,
+    state::{HeatFile, HeatKind, HeatRecord, HeatTotals},
+};
+
+/// Time after which a count weighs half.
+pub const HEAT_HALF_LIFE: Duration = Duration::from_secs(60);
+/// Requests that a port keeps while it cannot count them at once.
+const WAITING_MAX: usize = 256;
+
+/// How hot a volume is at a moment.
+#[derive(Clone, Debug)]
+pub struct HeatSnapshot {
+    /// Decayed counts of blocks read, by chunk.
+    pub read: Heat,
+    /// Decayed counts of blocks written, by chunk.
+    pub write: Heat,
+    /// The time that those stand for: a count divided by it is a rate. What a migration brought is a part of it.
+    pub window: Duration,
+    /// Reads that were counted here.
+    pub reads: HeatTotals,
+    /// Writes that were counted here.
+    pub writes: HeatTotals,
+    /// The time that `reads` and `writes` stand for.
+    pub counted: Duration,
+}
+
+/// A guest's request, to be counted.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Touch {
+    blocks: BlockRange,
+    kind: HeatKind,
+}
+
+impl Touch {
+    /// `None` for what does not count.
+    #[inline]
+    pub(crate) fn of(op: GuestOp, range: ByteRange) -> Option<Self> {
+        let kind = match op {
+            GuestOp::Read => HeatKind::Read,
+            GuestOp::Write | GuestOp::WriteZeroes => HeatKind::Write,
+            GuestOp::Trim => return None,
+        };
+        let blocks = range.blocks_touched();
+        Some(Self { blocks, kind })
+    }
+}
+
+/// The counts of a volume.
+pub(crate) struct HeatBook {
+    counts: Mutex<Counts>,
+    /// Held while the file is written, so that an older state never replaces a newer one.
+    storing: Mutex<()>,
+}
+
+struct Counts {
+    record: HeatRecord,
+    /// Half-lives that have passed, as the counters know the time.
+    ticks: u32,
+    /// When the last of them ended.
+    ticked: Instant,
+    /// Whether the file says something else.
+    changed: bool,
+}
+
+impl HeatBook {
+    /// Goes on from what the file had, or begins cold.
+    pub(crate) fn new(size: VolumeSize, before: Option<HeatRecord>) -> Self {
+        let cold = || HeatRecord::cold(size, HEAT_HALF_LIFE);
+        Self {
+            counts: Mutex::new(Counts {
+                record: before.unwrap_or_else(cold),
+                ticks: 0,
+                ticked: Instant::now(),
+                changed: false,
+            }),
+            storing: Mutex::new(()),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Counts> {
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts requests and takes them off the list; leaves them there when somebody else is at it and there are few.
+    #[inline]
+    pub(crate) fn count(&self, touches: &mut Vec<Touch>) {
+        if touches.is_empty() {
+            return;
+        }
+        let mut counts = match self.counts.try_lock() {
+            Ok(counts) => counts,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) if touches.len() < WAITING_MAX => return,
+            Err(TryLockError::WouldBlock) => self.lock(),
+        };
+        for touch in touches.drain(..) {
+            counts.count(touch);
+        }
+    }
+
+    /// As [`count`](Self::count), for a port that will not come again.
+    pub(crate) fn count_last(&self, touches: &mut Vec<Touch>) {
+        let mut counts = self.lock();
+        for touch in touches.drain(..) {
+            counts.count(touch);
+        }
+    }
+
+    fn snapshot(&self, now: Instant) -> HeatSnapshot {
+        let mut counts = self.lock();
+        counts.catch_up(now);
+        let since = now.saturating_duration_since(counts.ticked);
+        let record = counts.record.clone();
+        drop(counts);
+        let counted = record.counted + since;
+        HeatSnapshot {
+            window: counted + record.carried,
+            reads: record.reads,
+            writes: record.writes,
+            counted,
+            read: record.read,
+            write: record.write,
+        }
+    }
+
+    fn merge(&self, kind: HeatKind, heat: &Heat, now: Instant) {
+        let mut counts = self.lock();
+        counts.catch_up(now);
+        let own = counts.record.counted + now.saturating_duration_since(counts.ticked);
+        let record = &mut counts.record;
+        // A count that has settled stands for this time.
+        let settled = HEAT_HALF_LIFE.div_f64(std::f64::consts::LN_2);
+        record.carried = record.carried.max(settled.saturating_sub(own));
+        record.of(kind).0.merge(heat, ChunkIndex(0));
+        counts.changed = true;
+    }
+
+    pub(crate) fn clear(&self, size: VolumeSize) {
+        let mut counts = self.lock();
+        counts.record = HeatRecord::cold(size, HEAT_HALF_LIFE);
+        counts.ticks = 0;
+        counts.ticked = Instant::now();
+        counts.changed = true;
+    }
+
+    pub(crate) fn memory_bytes(&self) -> usize {
+        let counts = self.lock();
+        counts.record.read.memory_bytes() + counts.record.write.memory_bytes()
+    }
+
+    /// Writes the file if it would say something else. Whether it did.
+    fn store(&self, file: &HeatFile, now: Instant) -> io::Result<bool> {
+        let _storing = self.storing.lock().unwrap_or_else(PoisonError::into_inner);
+        let record = {
+            let mut counts = self.lock();
+            counts.catch_up(now);
+            if !std::mem::take(&mut counts.changed) {
+                return Ok(false);
+            }
+            let mut record = counts.record.clone();
+            record.counted += now.saturating_duration_since(counts.ticked);
+            record
+        };
+        let stored = file.store(&record);
+        if stored.is_err() {
+            self.lock().changed = true;
+        }
+        stored.map(|()| true)
+    }
+}
+
+impl Counts {
+    fn time(&self) -> Time {
+        Time::ZERO + HEAT_HALF_LIFE * self.ticks
+    }
+
+    #[inline]
+    fn count(&mut self, touch: Touch) {
+        let now = self.time();
+        let (heat, totals) = self.record.of(touch.kind);
+        totals.requests += 1;
+        totals.blocks += touch.blocks.len();
+        let mut at = touch.blocks.start;
+        while at < touch.blocks.end {
+            let chunk = BlockIndex(at).chunk();
+            let end = ((chunk.0 + 1) * BLOCKS_PER_CHUNK).min(touch.blocks.end);
+            heat.add(chunk, end - at, now);
+            at = end;
+        }
+        self.changed = true;
+    }
+
+    /// Halves the counts once for each half-life that has ended.
+    fn catch_up(&mut self, now: Instant) {
+        while now.saturating_duration_since(self.ticked) >= HEAT_HALF_LIFE {
+            self.ticks += 1;
+            self.ticked += HEAT_HALF_LIFE;
+            let time = self.time();
+            let record = &mut self.record;
+            record.counted = (record.counted + HEAT_HALF_LIFE) / 2;
+            record.carried /= 2;
+            let mut is_warm = false;
+            for kind in [HeatKind::Read, HeatKind::Write] {
+                let (heat, totals) = record.of(kind);
+                is_warm |= totals.requests > 0;
+                totals.requests /= 2;
+                totals.blocks /= 2;
+                heat.decay(time);
+            }
+            self.changed |= is_warm;
+        }
+    }
+}
+
+impl Volume {
+    /// How hot the volume is now. Copies the counts: up to some 10 ms for a TiB that is hot everywhere, in which guests do not wait.
+    #[must_use]
+    pub fn heat(&self) -> HeatSnapshot {
+        self.heat.snapshot(Instant::now())
+    }
+
+    /// Adds counts that were made elsewhere, of the same chunks and with the half-life [`HEAT_HALF_LIFE`].
+    pub fn merge_heat(&self, kind: HeatKind, heat: &Heat) {
+        self.heat.merge(kind, heat, Instant::now());
+    }
+
+    /// Writes down how hot the volume is, if that has changed; whether it did. To be called once a minute, because counts
+    /// are halved by it as well. Waits for the disk.
+    ///
+    /// # Errors
+    /// When the state directory cannot be written. Nothing is lost but a warm start.
+    pub fn store_heat(&self) -> io::Result<bool> {
+        self.store_heat_at(Instant::now())
+    }
+
+    fn store_heat_at(&self, now: Instant) -> io::Result<bool> {
+        let file = self.durable.as_ref();
+        let file = file.map(|durable| durable.state().heat_file());
+        match file {
+            Some(file) => self.heat.store(&file, now),
+            None => {
+                self.heat.lock().catch_up(now);
+                Ok(false)
+            }
+        }
+    }
+
+    /// As [`store_heat`](Self::store_heat), where nothing depends on it.
+    pub(super) fn try_store_heat(&self) {
+        if let Err(error) = self.store_heat() {
+            tracing::warn!(volume = %self.name, %error, "cannot write down what is hot: the next migration starts cold");
+        }
+    }
+}
+
+/// What the file in a volume's directory says; cold, with a line in the log, when that cannot be known.
+pub(super) fn load(file: &HeatFile, size: VolumeSize) -> HeatBook {
+    let before = file.load(HEAT_HALF_LIFE).unwrap_or_else(|error| {
+        tracing::warn!(%error, "what was hot is not known any more");
+        None
+    });
+    HeatBook::new(size, before)
+}
