@@ -198,3 +198,101 @@ impl HeatFile {
             })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use flimcd_core::ChunkIndex;
+    use proptest::prelude::*;
+
+    const ID: VolumeId = VolumeId(7);
+    const HALF_LIFE: Duration = Duration::from_secs(60);
+
+    fn size() -> VolumeSize {
+        VolumeSize::new(3 << 30).unwrap()
+    }
+
+    fn sample() -> HeatRecord {
+        let mut record = HeatRecord::cold(size(), HALF_LIFE);
+        record.read.add(ChunkIndex(3), 9, Time::ZERO);
+        record
+            .write
+            .add(ChunkIndex(size().chunks() - 1), 1, Time::ZERO);
+        record.reads.requests = 4;
+        record.writes.blocks = 5;
+        record.counted = Duration::from_secs(70);
+        record.carried = Duration::from_secs(3);
+        record
+    }
+
+    fn decode(bytes: &[u8]) -> Result<HeatRecord, &'static str> {
+        HeatRecord::decode(bytes, ID, size(), HALF_LIFE)
+    }
+
+    fn assert_same(a: &HeatRecord, b: &HeatRecord) {
+        assert!(a.read.chunks().eq(b.read.chunks()));
+        assert!(a.write.chunks().eq(b.write.chunks()));
+        let rest = |r: &HeatRecord| (r.reads, r.writes, r.counted, r.carried);
+        assert_eq!(rest(a), rest(b));
+    }
+
+    #[test]
+    fn the_file_has_what_was_written_and_only_for_its_volume() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = HeatFile {
+            dir: dir.path().to_owned(),
+            id: ID,
+            size: size(),
+        };
+        assert!(file.load(HALF_LIFE).unwrap().is_none());
+        file.store(&sample()).unwrap();
+        assert_same(&file.load(HALF_LIFE).unwrap().unwrap(), &sample());
+        let other = HeatFile {
+            id: VolumeId(8),
+            ..file.clone()
+        };
+        let error = other.load(HALF_LIFE).unwrap_err();
+        assert!(error.to_string().contains("another volume"), "{error}");
+        let mut later = sample().encode(ID, size());
+        later[8] = 2;
+        assert_eq!(decode(&later).unwrap_err(), "it is of another version");
+    }
+
+    #[test]
+    fn a_record_of_everything_hot_fits_what_is_read() {
+        let mut record = HeatRecord::cold(size(), HALF_LIFE);
+        for chunk in (0..size().chunks()).step_by(2) {
+            record.read.add(ChunkIndex(chunk), 4000, Time::ZERO);
+        }
+        record.write = record.read.clone();
+        let bytes = record.encode(ID, size());
+        assert!((bytes.len() as u64) < size().chunks() * 16);
+        assert_same(&decode(&bytes).unwrap(), &record);
+    }
+
+    proptest! {
+        #[test]
+        fn damage_is_found(at in 0usize..1000, flip in 1u8.., cut in 0usize..1000) {
+            let good = sample().encode(ID, size());
+            let mut bytes = good.clone();
+            let at = at % bytes.len();
+            bytes[at] ^= flip;
+            prop_assert!(decode(&bytes).is_err());
+            prop_assert!(decode(&good[..cut % good.len()]).is_err());
+        }
+
+        #[test]
+        fn what_has_the_right_checksum_is_refused_or_bounded(payload in prop::collection::vec(any::<u8>(), 0..300)) {
+            let mut bytes = sample().encode(ID, size());
+            bytes.truncate(HEAD + 24);
+            bytes.extend_from_slice(&payload);
+            let length = u32::try_from(bytes.len() - HEAD).unwrap();
+            bytes[12..16].copy_from_slice(&length.to_le_bytes());
+            let crc = crc32c::crc32c_append(crc32c::crc32c(&bytes[..16]), &bytes[HEAD..]);
+            bytes[16..20].copy_from_slice(&crc.to_le_bytes());
+            if let Ok(record) = decode(&bytes) {
+                prop_assert!(record.counted <= HALF_LIFE * 4);
+            }
+        }
+    }
+}

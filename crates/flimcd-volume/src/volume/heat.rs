@@ -289,3 +289,112 @@ pub(super) fn load(file: &HeatFile, size: VolumeSize) -> HeatBook {
     });
     HeatBook::new(size, before)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn size() -> VolumeSize {
+        VolumeSize::new(1 << 30).unwrap()
+    }
+
+    fn touch(op: GuestOp, start: u64, length: u64) -> Vec<Touch> {
+        Touch::of(op, ByteRange::at(start, length))
+            .into_iter()
+            .collect()
+    }
+
+    fn near(a: f64, b: f64) -> bool {
+        (a - b).abs() < 1e-9
+    }
+
+    #[test]
+    fn blocks_are_counted_in_the_chunks_they_lie_in() {
+        let book = HeatBook::new(size(), None);
+        let now = book.lock().ticked;
+        // From the second block of chunk 0 to the first of chunk 2.
+        let mut touched = touch(GuestOp::Read, 4096, 2 * 65536 - 4096 + 1);
+        touched.extend(touch(GuestOp::WriteZeroes, 65536 + 100, 200));
+        touched.extend(touch(GuestOp::Trim, 0, 1 << 20));
+        book.count(&mut touched);
+        assert!(touched.is_empty());
+        let heat = book.snapshot(now + Duration::from_secs(10));
+        let read: Vec<_> = heat.read.chunks().map(|(chunk, n)| (chunk.0, n)).collect();
+        assert_eq!(read, [(0, 15.0), (1, 16.0), (2, 1.0)]);
+        let written: Vec<_> = heat.write.chunks().map(|(chunk, n)| (chunk.0, n)).collect();
+        assert_eq!(written, [(1, 1.0)]);
+        let (requests, blocks) = (heat.reads.requests, heat.reads.blocks);
+        assert_eq!((requests, blocks), (1, 32));
+        assert_eq!(heat.window, Duration::from_secs(10));
+    }
+
+    #[test]
+    fn a_steady_load_has_its_rate_at_any_time() {
+        let book = HeatBook::new(size(), None);
+        let begin = book.lock().ticked;
+        for second in 1..=600u32 {
+            let mut touched = touch(GuestOp::Write, 65536 * 5, 4096 * 4);
+            book.count(&mut touched);
+            let now = begin + Duration::from_secs(1) * second;
+            if second % 7 == 0 {
+                let heat = book.snapshot(now);
+                let per_second = |count: f64, time: Duration| count / time.as_secs_f64();
+                let blocks = per_second(heat.write.get(ChunkIndex(5)), heat.window);
+                assert!((3.7..4.3).contains(&blocks), "{blocks} after {second} s");
+                #[expect(clippy::cast_precision_loss, reason = "a few hundred")]
+                let requests = per_second(heat.writes.requests as f64, heat.counted);
+                assert!(
+                    (0.9..1.1).contains(&requests),
+                    "{requests} after {second} s"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn what_cools_down_is_given_back_and_said_once_more() {
+        let book = HeatBook::new(size(), None);
+        let idle = book.memory_bytes();
+        let begin = book.lock().ticked;
+        book.count(&mut touch(GuestOp::Read, 0, 4096));
+        assert!(book.memory_bytes() > idle + 8000);
+        let warm = book.snapshot(begin + HEAT_HALF_LIFE * 3);
+        assert!(near(warm.read.get(ChunkIndex(0)), 0.125));
+        assert!(std::mem::take(&mut book.lock().changed));
+        let cold = book.snapshot(begin + HEAT_HALF_LIFE * 5000);
+        assert_eq!(cold.read.chunks().count(), 0);
+        assert!(cold.window <= HEAT_HALF_LIFE * 2);
+        assert_eq!(book.memory_bytes(), idle);
+        book.lock().changed = false;
+        let _ = book.snapshot(begin + HEAT_HALF_LIFE * 5001);
+        assert!(!book.lock().changed, "a cold volume is not written again");
+    }
+
+    #[test]
+    fn what_a_migration_brings_counts_as_settled() {
+        let book = HeatBook::new(size(), None);
+        let begin = book.lock().ticked;
+        let mut brought = Heat::new(size(), HEAT_HALF_LIFE, Time::ZERO);
+        brought.add(ChunkIndex(9), 100, Time::ZERO);
+        book.merge(HeatKind::Read, &brought, begin + Duration::from_secs(1));
+        let heat = book.snapshot(begin + Duration::from_secs(1));
+        let window = heat.window.as_secs_f64();
+        assert!((86.0..87.0).contains(&window), "{window}");
+        assert_eq!(heat.counted, Duration::from_secs(1));
+        assert!(near(heat.read.get(ChunkIndex(9)), 100.0));
+        assert_eq!(heat.write.chunks().count(), 0);
+    }
+
+    #[test]
+    fn a_port_does_not_wait_for_somebody_who_looks() {
+        let book = HeatBook::new(size(), None);
+        let mut touched = touch(GuestOp::Read, 0, 4096);
+        let looking = book.lock();
+        book.count(&mut touched);
+        drop(looking);
+        assert_eq!(touched.len(), 1);
+        touched.extend(touch(GuestOp::Read, 0, 4096));
+        book.count(&mut touched);
+        assert_eq!(book.lock().record.reads.requests, 2);
+    }
+}

@@ -1,6 +1,7 @@
 //! Volumes over real files and processes.
 
 mod handover;
+mod heat;
 mod killed;
 mod lifecycle;
 mod live;
