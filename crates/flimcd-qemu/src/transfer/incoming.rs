@@ -36,7 +36,7 @@ pub async fn listen_incoming(
             way_out: "start the target QEMU anew with `-incoming defer -S`; it can take in one migration",
         });
     }
-    set_capabilities(qmp, settings.postcopy).await?;
+    set_capabilities(qmp, settings.postcopy, false).await?;
     let exit_on_error = qmp.version().is_at_least(9, 1).then_some(false);
     let listen = MigrateIncoming {
         uri: uri.to_owned(),
@@ -48,7 +48,14 @@ pub async fn listen_incoming(
 
 /// Switches what we need on and everything that would change the stream's form off. What a QEMU does
 /// not have is left out when it can be done without.
-pub(super) async fn set_capabilities(qmp: &Qmp, postcopy: bool) -> Result<(), TransferError> {
+///
+/// `stopped_by_us`: the guest is not stopped for the switch by QEMU. It then waits for the target's leave, which a
+/// target that was not told of it never gives, as long as the guest runs. From 8.1.
+pub(super) async fn set_capabilities(
+    qmp: &Qmp,
+    postcopy: bool,
+    stopped_by_us: bool,
+) -> Result<(), TransferError> {
     let known = qmp.execute(QueryMigrateCapabilities {}).await;
     let known = known.map_err(doing("asking what its migration can do"))?;
     let wanted = [
@@ -57,6 +64,7 @@ pub(super) async fn set_capabilities(qmp: &Qmp, postcopy: bool) -> Result<(), Tr
         ("return-path", true),
         ("late-block-activate", true),
         ("postcopy-ram", postcopy),
+        ("switchover-ack", stopped_by_us),
         // One stream, compressed by the agent.
         ("multifd", false),
         ("xbzrle", false),

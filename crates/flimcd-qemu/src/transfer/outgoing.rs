@@ -29,8 +29,8 @@ pub struct OutgoingSettings {
     /// Where to: "unix:PATH" of the agent's socket.
     pub uri: String,
     /// Longest stop of the guest that QEMU aims at. It is a goal for memory alone: the disks' hand-over
-    /// comes on top. `None`: QEMU goes on sending until [`finish`], and stops the guest by itself only if
-    /// not one page was written during a pass.
+    /// comes on top. `None`: QEMU goes on sending until the guest is stopped, and [`finish`]; before 8.1 it stops the guest by
+    /// itself if not one page was written during a pass.
     pub downtime_limit_ms: Option<u64>,
     /// Most bytes per second, `None` for no limit: the link's pacing is the agent's.
     pub max_bandwidth_bytes_per_sec: Option<u64>,
@@ -61,7 +61,8 @@ pub async fn start_outgoing(qmp: &Qmp, settings: &OutgoingSettings) -> Result<()
             error: info.error_desc,
         });
     }
-    set_capabilities(qmp, settings.postcopy).await?;
+    let stopped_by_us = settings.downtime_limit_ms.is_none();
+    set_capabilities(qmp, settings.postcopy, stopped_by_us).await?;
     let parameters = MigrateSetParameters {
         downtime_limit: Some(settings.downtime_limit_ms.unwrap_or(LEAST_DOWNTIME_MS)),
         max_bandwidth: Some(settings.max_bandwidth_bytes_per_sec.unwrap_or(0)),

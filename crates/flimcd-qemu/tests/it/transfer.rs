@@ -7,7 +7,7 @@ use flimcd_qemu::{
     commands::{Cont, Stop},
     transfer::{
         IncomingSettings, OutgoingSettings, TransferError, TransferState, cancel,
-        continue_switchover, listen_incoming, rescue_guest, resume_guest, run_state,
+        continue_switchover, finish, listen_incoming, rescue_guest, resume_guest, run_state,
         start_outgoing, start_postcopy, status, wait_for,
     },
 };
@@ -123,6 +123,59 @@ async fn memory_moves_before_or_after_the_switch() {
         let error = continue_switchover(&pair.source).await.unwrap_err();
         assert!(matches!(error, TransferError::State { .. }), "{error}");
     }
+}
+
+/// A guest that writes to none of its memory runs until we stop it: QEMU would start it again by itself if the stream broke
+/// after it had stopped it by itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idle_guest_is_not_stopped_before_its_time() {
+    if !has_qemu() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let mut source_vm = Vm::start(dir.path(), "source", &[]);
+    let mut target_vm = incoming(dir.path(), "target");
+    let (source, target) = (source_vm.connect().await, target_vm.connect().await);
+    if !source.version().is_at_least(8, 1) {
+        eprintln!("SKIPPED: needs QEMU 8.1: an older one stops an idle guest by itself");
+        return;
+    }
+    let uri = format!("unix:{}", dir.path().join("ram").display());
+    let incoming = IncomingSettings { postcopy: false };
+    listen_incoming(&target, &uri, incoming).await.unwrap();
+    let settings = OutgoingSettings {
+        uri,
+        downtime_limit_ms: None,
+        max_bandwidth_bytes_per_sec: None,
+        postcopy: false,
+    };
+    start_outgoing(&source, &settings).await.unwrap();
+    let begin = std::time::Instant::now();
+    loop {
+        let now = status(&source).await.unwrap();
+        assert!(begin.elapsed() < PATIENCE, "{now:?}");
+        assert!(
+            matches!(now.status, TransferState::Setup | TransferState::Active),
+            "{now:?}"
+        );
+        // Passes over memory that had nothing to send.
+        if now.ram.dirty_sync_count > 20 && now.ram.remaining_bytes == 0 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(run_state(&source).await.unwrap(), RunState::Running);
+    source.execute(Stop {}).await.unwrap();
+    finish(&source).await.unwrap();
+    let wanted = |s| s == TransferState::PreSwitchover;
+    wait_for(&source, "copying memory", PATIENCE, wanted)
+        .await
+        .unwrap();
+    continue_switchover(&source).await.unwrap();
+    let end = wait_for(&target, "completing", PATIENCE, is_final)
+        .await
+        .unwrap();
+    assert_eq!(end.status, TransferState::Completed, "{end:?}");
 }
 
 /// The target may be told to run before it can: it then runs as soon as it can.
