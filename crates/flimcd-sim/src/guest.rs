@@ -273,6 +273,9 @@ impl World {
             for ticket in parked.into_keys() {
                 source.rules.cancel_parked(ticket);
             }
+            for ticket in std::mem::take(&mut source.held).into_keys() {
+                source.rules.forget_held(ticket);
+            }
         }
         self.guest_connects_soon();
     }

@@ -18,6 +18,7 @@ use crate::{
     disk::{Disk, Sectors},
     flow::Flow,
     guest::RequestId,
+    heat::HostHeat,
     packing::HowToPack,
     plan::DiskPlan,
 };
@@ -191,6 +192,8 @@ pub(crate) struct Host {
     pub(crate) unacked_is_valid: bool,
     pub(crate) missing_of_boot: Option<BlockSet>,
     pub(crate) missing_file: Option<MissingFile>,
+    /// What is hot.
+    pub(crate) heat: HostHeat,
     /// How many of a thousand I/Os fail.
     pub(crate) errors_permille: u64,
     /// Writes of content fail for lack of room.
@@ -201,6 +204,8 @@ pub(crate) struct Host {
     works: BTreeMap<u64, Work>,
     next_work: u64,
     pub(crate) parked: BTreeMap<Ticket, RequestId>,
+    /// Writes that ended and were not answered.
+    pub(crate) held: BTreeMap<Ticket, RequestId>,
     pub(crate) flows: BTreeMap<u64, Flow>,
     pub(crate) next_flow: u64,
 }
@@ -221,12 +226,14 @@ impl Host {
             unacked_is_valid: false,
             missing_of_boot: None,
             missing_file: None,
+            heat: HostHeat::new(size),
             errors_permille: 0,
             full: false,
             rules: Rules::new(size, mode),
             works: BTreeMap::new(),
             next_work: 0,
             parked: BTreeMap::new(),
+            held: BTreeMap::new(),
             flows: BTreeMap::new(),
             next_flow: 0,
         }
@@ -376,6 +383,7 @@ impl Host {
             }
         }
         self.parked.clear();
+        self.held.clear();
         self.flows.clear();
     }
 
@@ -389,6 +397,7 @@ impl Host {
         self.record.visible = self.record.durable;
         self.unacked_is_valid = false;
         self.missing_of_boot = None;
+        self.heat = HostHeat::new(self.size);
         if let Some(file) = &mut self.missing_file {
             file.lose_power(dice, kept_permille);
         }

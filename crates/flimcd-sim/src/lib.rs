@@ -30,6 +30,7 @@ mod elsewhere;
 mod faults;
 mod flow;
 mod guest;
+mod heat;
 mod host;
 mod link;
 mod model;

@@ -76,6 +76,9 @@ impl World {
         self.trace(|| format!("source machine: {start:?}"));
         let mut machine = SourceMachine::new(config, policy, start, self.now);
         machine.set_sample(self.sample());
+        let host = self.host(Site::Source);
+        host.rules.set_read_log(true);
+        machine.set_heat(&host.heat.read, &host.heat.write);
         self.source.machine = Some(machine);
 
         let life = self.host(Site::Source).life;
@@ -233,7 +236,7 @@ impl World {
             SourceAction::Freeze => {
                 self.host(Site::Source).rules.freeze();
                 self.source.freezing = true;
-                self.check_drained();
+                self.pump(Site::Source);
             }
             SourceAction::Thaw => {
                 self.source.freezing = false;
@@ -247,11 +250,43 @@ impl World {
             }
             SourceAction::Pack { seq, had } => self.pack(seq, &had),
             SourceAction::Forget(seq) => self.forget(seq),
-            SourceAction::SetPacing(_)
-            | SourceAction::Mirror(_)
-            | SourceAction::Acked(_)
-            | SourceAction::LimitWrites(_) => {}
+            SourceAction::SetPacing(_) => {}
+            SourceAction::Mirror(is_on) => {
+                let host = self.host(Site::Source);
+                let lacking = is_on.then(|| host.unacked.clone());
+                host.rules.set_mirroring(lacking);
+                self.pump(Site::Source);
+            }
+            SourceAction::Acked(ranges) => self.acked(&ranges),
+            SourceAction::LimitWrites(limit) => {
+                let now = self.now;
+                self.host(Site::Source).rules.set_write_limit(limit, now);
+                self.pump(Site::Source);
+            }
         }
+    }
+
+    /// The target has these: writes to them need not wait any more. It really has them.
+    fn acked(&mut self, ranges: &[BlockRange]) {
+        let size = self.plan.size;
+        let mut clean = Vec::new();
+        for range in ranges {
+            self.host(Site::Source).rules.clean_runs(*range, &mut clean);
+        }
+        // What a target had written when it died may be gone, and is then sent again.
+        let is_first_life = self.host(Site::Target).life == 1;
+        for block in clean.into_iter().flat_map(BlockRange::iter) {
+            let bytes = BlockRange::single(block).bytes(size);
+            let source = self.host(Site::Source).disk.bytes(bytes).to_vec();
+            if is_first_life && self.host(Site::Target).disk.bytes(bytes) != source {
+                return self.fail(format!(
+                    "block {} is acknowledged and is not there",
+                    block.0
+                ));
+            }
+        }
+        self.host(Site::Source).rules.acked(ranges);
+        self.pump(Site::Source);
     }
 
     /// Tells the machine when a frozen volume has no I/O in flight any more.
@@ -270,6 +305,10 @@ impl World {
         if phase.is_none_or(|phase| !phase.wants_dirty()) {
             return;
         }
+        let now = self.now;
+        self.host(Site::Source).rules.refill_writes(now);
+        self.pump(Site::Source);
+        self.tell_source_reads();
         let dirty = self.host(Site::Source).rules.take_dirty();
         if !dirty.is_empty() {
             self.source_input(move |machine, now| machine.handle_dirtied(now, &dirty));

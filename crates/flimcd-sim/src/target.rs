@@ -50,6 +50,7 @@ impl World {
         };
         self.trace(|| format!("target machine: {start:?}"));
         self.target.machine = Some(TargetMachine::new(config, start, self.now));
+        self.host(Site::Target).rules.set_read_log(true);
         if self.net.up[Site::Target.index()] {
             self.target_input(|machine, now| machine.handle_link_up(now));
         }
@@ -238,7 +239,7 @@ impl World {
             TargetAction::Complete { epoch } => self.start_flush(site, AfterFlush::Complete(epoch)),
             TargetAction::ChooseSeed { .. } => self.choose_seed(),
             TargetAction::Probe(probe) => self.probe(probe),
-            TargetAction::KeepHeat(_) => {}
+            TargetAction::KeepHeat(part) => self.keep_heat(&part),
             TargetAction::Discard => self.start_flow(site, Flow::Discard),
         }
     }

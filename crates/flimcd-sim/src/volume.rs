@@ -2,7 +2,7 @@
 //! then is carried out. The same at both sites.
 
 use bytes::Bytes;
-use flimcd_volume::rules::{Admission, GuestOp, Mode, Outcome, Ticket};
+use flimcd_volume::rules::{Admission, Completion, GuestOp, Mode, Outcome, Ticket};
 
 use crate::{
     flow::AfterFlush,
@@ -32,6 +32,7 @@ impl World {
             Kind::Trim => GuestOp::Trim,
             Kind::Flush => unreachable!("handled above"),
         };
+        self.count_heat(site, kind, range);
         match self.host(site).rules.begin(op, range) {
             Admission::Go {
                 ticket,
@@ -86,7 +87,7 @@ impl World {
         } else {
             Outcome::Failed
         };
-        self.host(site).rules.finish(ticket, outcome);
+        let completion = self.host(site).rules.finish(ticket, outcome);
         self.host(site).note_missing();
         let Some((kind, range)) = self.guest.what(request) else {
             return self.fail(format!("{request:?} ended after it was given up"));
@@ -95,13 +96,32 @@ impl World {
             self.resend.write_ends(range);
         }
         match (kind, result) {
-            (Kind::Write { durable: true, .. }, Ok(_)) => {
-                self.start_flush(site, AfterFlush::Guest(request));
+            (_, Ok(_)) if completion == Completion::Held => {
+                self.cover("write held");
+                self.host(site).held.insert(ticket, request);
             }
-            (_, Ok(bytes)) => self.answer(request, Answer::Done(bytes)),
+            (_, Ok(bytes)) => self.guest_request_done(site, request, kind, bytes),
             (_, Err(_)) => self.answer(request, Answer::Error),
         }
         self.pump(site);
+    }
+
+    fn guest_request_done(&mut self, site: Site, request: RequestId, kind: Kind, bytes: Vec<u8>) {
+        if matches!(kind, Kind::Write { durable: true, .. }) {
+            self.start_flush(site, AfterFlush::Guest(request));
+        } else {
+            self.answer(request, Answer::Done(bytes));
+        }
+    }
+
+    /// A write that was held may be answered.
+    fn released(&mut self, site: Site, ticket: Ticket) {
+        let request = self.host(site).held.remove(&ticket);
+        let request = request.expect("held writes are remembered until they are forgotten");
+        let Some((kind, _)) = self.guest.what(request) else {
+            return self.fail(format!("{request:?} was held after it was given up"));
+        };
+        self.guest_request_done(site, request, kind, Vec::new());
     }
 
     /// A flush, or a durable write, ended.
@@ -121,6 +141,8 @@ impl World {
         loop {
             if let Some((ticket, admission)) = self.host(site).rules.poll_woken() {
                 self.woken(site, ticket, admission);
+            } else if let Some(ticket) = self.host(site).rules.poll_released() {
+                self.released(site, ticket);
             } else if let Some(plan) = self.host(site).rules.poll_apply_ready() {
                 self.run_apply(&plan);
             } else {
@@ -129,7 +151,10 @@ impl World {
         }
         match site {
             Site::Source => self.check_drained(),
-            Site::Target => self.tell_target(),
+            Site::Target => {
+                self.look_for_reads();
+                self.tell_target();
+            }
         }
     }
 

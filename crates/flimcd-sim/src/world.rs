@@ -103,6 +103,10 @@ pub(crate) enum Event {
     TellCounts {
         life: u64,
     },
+    /// The target's guest has read.
+    TellReads {
+        life: u64,
+    },
     Estimate {
         life: u64,
     },
@@ -347,6 +351,7 @@ impl World {
             Event::Timer { site, life } if self.lives(site, life) => self.timer(site),
             Event::DirtyPoll { life } if self.lives(Site::Source, life) => self.dirty_poll(life),
             Event::TellCounts { life } if self.lives(Site::Target, life) => self.tell_counts(),
+            Event::TellReads { life } if self.lives(Site::Target, life) => self.tell_target_reads(),
             Event::Estimate { life } if self.lives(Site::Source, life) => self.tell_estimate(life),
             Event::SeedFound { life } if self.lives(Site::Target, life) => self.seed_found(),
             Event::Looked { life, number } if self.lives(Site::Target, life) => self.looked(number),
@@ -355,6 +360,7 @@ impl World {
             | Event::Timer { .. }
             | Event::DirtyPoll { .. }
             | Event::TellCounts { .. }
+            | Event::TellReads { .. }
             | Event::Estimate { .. }
             | Event::SeedFound { .. } => {}
             Event::Depart { from, generation } => self.depart(from, generation),

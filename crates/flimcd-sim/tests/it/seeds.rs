@@ -54,6 +54,10 @@ fn with_faults_no_check_fails_and_everything_is_met() {
         "onto a copy that is known",
         "onto a copy of some time",
         "kept in place",
+        "the source's guest reads",
+        "the target's guest reads",
+        "heat of reads kept",
+        "heat of writes kept",
     ] {
         assert!(
             report.coverage.contains_key(what),
