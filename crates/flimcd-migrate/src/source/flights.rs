@@ -340,7 +340,7 @@ impl Flights {
 }
 
 /// Joins neighbouring runs.
-fn merge(mut runs: Vec<BlockRange>) -> Vec<BlockRange> {
+pub(super) fn merge(mut runs: Vec<BlockRange>) -> Vec<BlockRange> {
     runs.sort_unstable();
     runs.dedup_by(|next, run| {
         let touches = next.start <= run.end;

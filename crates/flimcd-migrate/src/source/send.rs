@@ -6,7 +6,8 @@ use flimcd_core::{BLOCKS_PER_CHUNK, BlockIndex, BlockRange, Seq, SeqSet, Time, l
 use flimcd_wire::{Blocks, Class, ErrorCode, Message, Runs, WireError};
 
 use super::{
-    Cancel, LinkState, RETRY, SourceAction, SourceMachine, SourcePhase, flights::Stage,
+    Cancel, LinkState, RETRY, SourceAction, SourceMachine, SourcePhase,
+    flights::{Stage, merge},
     seeding::Verdict,
 };
 use crate::{
@@ -265,7 +266,12 @@ impl SourceMachine {
         self.flights
             .acknowledged(seqs, &mut self.pending, |range| arrived.push(range));
         if self.phase == SourcePhase::PreCopy && self.policy.writes() == Writes::Mirrored {
-            self.actions.push_back(SourceAction::Acked(arrived));
+            // What was written again while it was on its way is still to come.
+            let newest = (arrived.into_iter().flat_map(BlockRange::iter))
+                .filter(|&block| !self.pending.contains(block))
+                .map(BlockRange::single);
+            let newest = merge(newest.collect());
+            self.actions.push_back(SourceAction::Acked(newest));
         }
     }
 

@@ -9,3 +9,4 @@ mod seeds;
 mod store;
 mod strategies;
 mod vm;
+mod vm_idle;

@@ -1,8 +1,8 @@
 //! Whole migrations without anything going wrong.
 
-use flimcd_core::BlockRange;
-use flimcd_migrate::{SourceEvent, SourcePhase, policy};
-use flimcd_wire::Class;
+use flimcd_core::{BLOCK_SIZE, BlockRange, BlockSet, ChunkIndex, Heat, VolumeSize};
+use flimcd_migrate::{LONG_HALF_LIFE, SourceEvent, SourcePhase, policy};
+use flimcd_wire::{Class, HeatKind};
 
 use crate::pair::{BLOCKS, Pair, seqs_of, times_sent};
 
@@ -75,4 +75,50 @@ fn the_switch_waits_for_a_grant_and_flimcd_leaves_what_is_hot() {
     pair.drive();
     pair.assert_completed();
     assert_eq!(pair.arrived, pair.image);
+}
+
+#[test]
+fn the_target_is_told_what_was_hot() {
+    let mut pair = Pair::started("flimcd");
+    let size = VolumeSize::new(BLOCKS * BLOCK_SIZE).unwrap();
+    let mut reads = Heat::new(size, LONG_HALF_LIFE, pair.now);
+    reads.add(ChunkIndex(2), 40, pair.now);
+    let writes = Heat::new(size, LONG_HALF_LIFE, pair.now);
+    pair.source.set_heat(&reads, &writes);
+    pair.source
+        .handle_reads(pair.now, &[BlockRange::new(0, 3), BlockRange::new(15, 17)]);
+    pair.drive();
+    pair.assert_completed();
+    let [part] = &pair.heat[..] else {
+        panic!("{:?}", pair.heat);
+    };
+    assert_eq!((part.kind, part.first), (HeatKind::Read, 0));
+    let heat = part.heat(LONG_HALF_LIFE).unwrap();
+    let hot: Vec<_> = heat.chunks().map(|(chunk, _)| chunk.0).collect();
+    assert_eq!(hot, [0, 1, 2]);
+    assert!((heat.get(ChunkIndex(2)) - 40.0).abs() < 1.0);
+}
+
+#[test]
+fn a_mirror_says_what_is_there_and_ends_with_the_guests_stop() {
+    let mut pair = Pair::new("mirror");
+    pair.link_up();
+    let acked = |pair: &Pair, range| {
+        let mut set = BlockSet::new(BLOCKS);
+        pair.acked.iter().for_each(|run| set.insert_range(*run));
+        set.contains_all(range)
+    };
+    pair.drive_until(|pair| acked(pair, BlockRange::new(0, BLOCKS)));
+    assert!(pair.mirrors);
+    pair.acked.clear();
+    pair.write(7, 1007);
+    pair.drive_until(|pair| acked(pair, BlockRange::new(7, 8)));
+    assert_eq!(pair.arrived[7], 1007);
+    pair.source
+        .handle_switchover(pair.now, flimcd_migrate::Switchover::WhenReady);
+    pair.drive_until(|pair| pair.owner.is_some());
+    assert!(!pair.mirrors);
+    assert!(pair.missing.is_empty(), "everything goes before the switch");
+    pair.drive();
+    pair.assert_completed();
 }
