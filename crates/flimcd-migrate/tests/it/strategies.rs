@@ -105,7 +105,9 @@ fn a_mirror_says_what_is_there_and_ends_with_the_guests_stop() {
     pair.link_up();
     let acked = |pair: &Pair, range| {
         let mut set = BlockSet::new(BLOCKS);
-        pair.acked.iter().for_each(|run| set.insert_range(*run));
+        for run in &pair.acked {
+            set.insert_range(*run);
+        }
         set.contains_all(range)
     };
     pair.drive_until(|pair| acked(pair, BlockRange::new(0, BLOCKS)));
