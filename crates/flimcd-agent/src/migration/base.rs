@@ -48,6 +48,10 @@ impl VolumeObserver for Wake {
     fn on_guests_gone(&self) {
         self.0.notify_one();
     }
+
+    fn on_held(&self) {
+        self.0.notify_one();
+    }
 }
 
 /// Where the answer to a command goes.
@@ -85,7 +89,7 @@ pub(crate) enum CommandError {
 pub(crate) enum Event<D> {
     Link(LinkInput),
     Done(D),
-    /// A volume has faults or questions, is drained, or lost its last guest.
+    /// A volume has faults or questions, is drained, holds a write, or lost its last guest.
     Volume,
     Command(Command),
     /// The link has room again.

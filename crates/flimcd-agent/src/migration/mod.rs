@@ -30,6 +30,7 @@ pub(crate) mod store;
 mod target;
 pub(crate) mod volumes;
 mod workers;
+mod writes;
 
 pub(crate) use base::{Command, CommandAnswer, CommandError, Outcome, Setup};
 pub(crate) use policies::choose_policy;

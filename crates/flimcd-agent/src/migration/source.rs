@@ -22,6 +22,7 @@ use super::{
     progress::{add_content, eta_s, unix_ms},
     store::MigrationRecord,
     workers::Tools,
+    writes::GuestWrites,
 };
 use crate::{
     api::{self, ContentStats, Phase},
@@ -30,6 +31,8 @@ use crate::{
 
 /// How often dirty marks are drained from the volume.
 const DRAIN: Duration = Duration::from_millis(25);
+/// The same while guests wait for the target to get what they write.
+const DRAIN_HELD: Duration = Duration::from_millis(1);
 
 /// What the workers answer.
 pub(crate) enum Done {
@@ -84,6 +87,9 @@ pub(crate) struct SourceDriver {
     base: Base<Done>,
     machine: SourceMachine,
     drain_at: Time,
+    drained_at: Time,
+    /// Writes that the strategy lets wait.
+    writes: GuestWrites,
     /// `Freeze` was begun, and the volumes are not drained.
     freezing: bool,
     stopped_at: Option<Instant>,
@@ -116,6 +122,8 @@ impl SourceDriver {
         let mut driver = Self {
             machine: make_machine(base.now()),
             drain_at: base.now(),
+            drained_at: base.now(),
+            writes: GuestWrites::new(base.volumes.clone()),
             content_before: base.status.content,
             base,
             freezing: false,
@@ -190,7 +198,12 @@ impl SourceDriver {
                 }
                 self.answering.handle_read(&question, result.ok());
             }
-            Event::Volume => self.consider_guests(now),
+            Event::Volume => {
+                if self.writes.is_mirroring() {
+                    self.drain_at = self.drain_at.min(self.drained_at + DRAIN_HELD);
+                }
+                self.tick(now);
+            }
             Event::Command(command) => self.command(command).await,
             Event::Timer => self.tick(now),
             // What there is to do about these is done by `act` and by the caller.
@@ -226,6 +239,9 @@ impl SourceDriver {
     fn tick(&mut self, now: Time) {
         if self.drain_at <= now {
             self.drain_at = now + DRAIN;
+            self.drained_at = now;
+            let news = self.writes.tick(now);
+            self.note_writes(news);
             let estimate = self.base.port.link().handle().estimate();
             self.machine.handle_estimate(
                 now,
@@ -257,6 +273,12 @@ impl SourceDriver {
             && self.base.volumes.connections() == 0
         {
             self.grant(now);
+        }
+    }
+
+    fn note_writes(&mut self, news: Option<String>) {
+        if let Some(text) = news {
+            self.base.note(text);
         }
     }
 
@@ -409,6 +431,10 @@ impl SourceDriver {
                          needed: {error}"
                     ));
                 }
+                // What it has for good counts as well: what stood there before the migration is only said like this.
+                if self.writes.is_mirroring() {
+                    self.base.volumes.acked(&ranges);
+                }
             }
             SourceAction::Freeze => {
                 self.stopped_at = Some(Instant::now());
@@ -422,9 +448,15 @@ impl SourceDriver {
             }
             SourceAction::Persist(record) => self.persist(record),
             SourceAction::Release => self.base.volumes.release(),
-            SourceAction::Mirror(_)
-            | SourceAction::Acked(_)
-            | SourceAction::LimitWrites(_) => {}
+            SourceAction::Mirror(is_on) => {
+                let news = self.writes.mirror(is_on);
+                self.note_writes(news);
+            }
+            SourceAction::Acked(ranges) => {
+                let news = self.writes.acked(&ranges);
+                self.note_writes(news);
+            }
+            SourceAction::LimitWrites(limit) => self.writes.limit(limit, self.base.now()),
             SourceAction::SetPacing(is_on) => {
                 self.base.port.link().set_pacing(self.base.record.id, is_on);
             }

@@ -259,8 +259,26 @@ impl VolumeSet {
 
     /// The target durably has these blocks.
     pub(crate) fn mark_clean(&self, ranges: &[BlockRange]) -> io::Result<()> {
+        self.within(ranges, Volume::mark_clean)
+    }
+
+    /// The target has acknowledged these blocks.
+    pub(crate) fn acked(&self, ranges: &[BlockRange]) {
+        let told = self.within(ranges, |volume, within| {
+            volume.acked(within);
+            Ok(())
+        });
+        debug_assert!(told.is_ok(), "nothing in it fails");
+    }
+
+    /// Does something with the blocks of each volume that has some of `ranges`.
+    fn within(
+        &self,
+        ranges: &[BlockRange],
+        work: impl Fn(&Volume, &[BlockRange]) -> io::Result<()>,
+    ) -> io::Result<()> {
         if let [only] = &self.volumes[..] {
-            return only.mark_clean(ranges);
+            return work(only, ranges);
         }
         for (volume, start) in self.placed() {
             let blocks = BlockRange::new(start, start + volume.size().blocks());
@@ -271,7 +289,7 @@ impl VolumeSet {
                 .map(|range| BlockRange::new(range.start - start, range.end - start))
                 .collect();
             if !within.is_empty() {
-                volume.mark_clean(&within)?;
+                work(volume, &within)?;
             }
         }
         Ok(())

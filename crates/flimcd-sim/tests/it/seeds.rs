@@ -54,6 +54,7 @@ fn with_faults_no_check_fails_and_everything_is_met() {
         "onto a copy that is known",
         "onto a copy of some time",
         "kept in place",
+        "write held",
         "the source's guest reads",
         "the target's guest reads",
         "heat of reads kept",
