@@ -115,7 +115,19 @@ pub struct Machine {
     /// Machines that it is for: names or patterns with `*`. The first table that fits is taken.
     pub vms: Vec<String>,
     /// The command: program and arguments, with placeholders as `docs/agent.example.toml` explains them.
+    #[serde(default)]
     pub command: Vec<String>,
+    /// Instead of a command: the monitor of a machine that somebody else starts.
+    pub qmp: Option<PathBuf>,
+}
+
+/// Where the machine of a VM that arrives comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MachineSource {
+    /// It is started with this command.
+    Command(Vec<String>),
+    /// Somebody starts it, with its monitor at this path.
+    Awaited(PathBuf),
 }
 
 impl Machine {
@@ -123,6 +135,18 @@ impl Machine {
         self.vms
             .iter()
             .try_for_each(|pattern| check_pattern(pattern))?;
+        if let Some(qmp) = &self.qmp {
+            if !self.command.is_empty() {
+                return Err(
+                    "either `command` or `qmp`: the machine is started by the agent, or by you"
+                        .to_owned(),
+                );
+            }
+            if !qmp.is_absolute() {
+                return Err(format!("qmp = {qmp:?} is not an absolute path"));
+            }
+            return Ok(());
+        }
         for needed in ["{control}", "{blockdevs}"] {
             if !self.command.iter().any(|argument| argument == needed) {
                 return Err(format!(
@@ -132,6 +156,16 @@ impl Machine {
             }
         }
         Ok(())
+    }
+
+    fn source_of(&self, vm: &VolumeName) -> MachineSource {
+        match &self.qmp {
+            Some(qmp) => {
+                let path = qmp.to_string_lossy().replace("{name}", vm.as_str());
+                MachineSource::Awaited(path.into())
+            }
+            None => MachineSource::Command(self.command.clone()),
+        }
     }
 }
 
@@ -244,14 +278,14 @@ impl Config {
         self.runtime_dir.join(format!("{name}.sock"))
     }
 
-    /// The command that starts a machine of this name when it arrives.
+    /// Where a machine of this name comes from when it arrives.
     #[must_use]
-    pub fn machine_for(&self, vm: &VolumeName) -> Option<Vec<String>> {
+    pub fn machine_for(&self, vm: &VolumeName) -> Option<MachineSource> {
         let machine = self
             .machines
             .iter()
             .find(|machine| matches_any(&machine.vms, vm));
-        machine.map(|machine| machine.command.clone())
+        machine.map(|machine| machine.source_of(vm))
     }
 
     /// The peer of that name.

@@ -5,6 +5,8 @@ use std::{
     io::{self, Write as _},
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::{Mutex, MutexGuard, PoisonError},
     thread,
     time::{Duration, Instant},
 };
@@ -14,7 +16,8 @@ use rustix::{
     process::{Signal, kill_process},
 };
 
-use super::{LoadLine, QemuSpec, Stage, process::complaints_in};
+use super::{LoadLine, Place, QemuSpec, Sites, Stage, process::complaints_in};
+use crate::wan::Side;
 
 /// How long a guest may take to switch itself off.
 const OFF_MAX: Duration = Duration::from_secs(60);
@@ -28,6 +31,8 @@ pub struct Arriving {
     spec: QemuSpec,
     qemu: PathBuf,
     disks: usize,
+    /// Where it was not the agent that started it.
+    child: Mutex<Option<Child>>,
 }
 
 impl Drop for Arriving {
@@ -43,7 +48,14 @@ impl Drop for Arriving {
         if quit(monitor).is_err() {
             let _ = kill_process(machine.pid, Signal::KILL);
         }
+        if let Some(mut child) = lock(&self.child).take() {
+            let _ = child.wait();
+        }
     }
+}
+
+fn lock(child: &Mutex<Option<Child>>) -> MutexGuard<'_, Option<Child>> {
+    child.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Asks a machine to end, and waits until it hangs up.
@@ -68,12 +80,58 @@ impl Arriving {
             spec,
             qemu: stage.tools().qemu.clone(),
             disks: stage.source.spec().disks.len(),
+            child: Mutex::new(None),
         })
     }
 
     /// What the target agent's configuration says about it: a `[[machine]]` table.
     #[must_use]
     pub fn config(&self) -> String {
+        // JSON's strings and lists are TOML's.
+        let command = serde_json::to_string(&self.command()).unwrap_or_default();
+        format!("[[machine]]\nvms = [\"*\"]\ncommand = {command}\n")
+    }
+
+    /// The same for a machine that [`start_as_told`](Self::start_as_told) starts.
+    #[must_use]
+    pub fn awaited_config(&self) -> String {
+        let qmp = self.spec.dir.join("{name}.awaited");
+        format!(
+            "[[machine]]\nvms = [\"*\"]\nqmp = {:?}\n",
+            qmp.display().to_string()
+        )
+    }
+
+    /// Starts the machine at its site, with what an agent that waits for it says it needs: words, those with a space in them
+    /// in single quotes.
+    ///
+    /// # Errors
+    /// When QEMU cannot be started.
+    pub fn start_as_told(&self, sites: &Sites, arguments: &str) -> io::Result<()> {
+        let mut told = Vec::new();
+        for (part, is_quoted) in arguments.split('\'').zip([false, true].into_iter().cycle()) {
+            if is_quoted {
+                told.push(part.to_owned());
+            } else {
+                told.extend(part.split_whitespace().map(str::to_owned));
+            }
+        }
+        let mut words = Vec::new();
+        for word in self.command() {
+            match word.as_str() {
+                "{blockdevs}" => words.append(&mut told),
+                "{control}" => {}
+                _ => words.push(word),
+            }
+        }
+        let mut command = Command::new(&words[0]);
+        command.args(&words[1..]).stdin(Stdio::null());
+        sites.put_in(Place::Site(Side::B), &mut command)?;
+        *lock(&self.child) = Some(command.spawn()?);
+        Ok(())
+    }
+
+    fn command(&self) -> Vec<String> {
         let mut command = vec![self.qemu.display().to_string()];
         command.extend(self.spec.arguments());
         command.push("{blockdevs}".to_owned());
@@ -84,9 +142,7 @@ impl Arriving {
             ));
         }
         command.push("{control}".to_owned());
-        // JSON's strings and lists are TOML's.
-        let command = serde_json::to_string(&command).unwrap_or_default();
-        format!("[[machine]]\nvms = [\"*\"]\ncommand = {command}\n")
+        command
     }
 
     fn serial(&self) -> String {

@@ -52,6 +52,15 @@ impl World {
     }
 
     fn with(link: &str, disks: usize, layout: Layout) -> Option<Self> {
+        Self::with_machine(link, disks, layout, Arriving::config)
+    }
+
+    fn with_machine(
+        link: &str,
+        disks: usize,
+        layout: Layout,
+        machine: fn(&Arriving) -> String,
+    ) -> Option<Self> {
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let tools = match Requirements::check() {
             Ok(tools) => tools,
@@ -91,7 +100,7 @@ impl World {
         let stage = Stage::start(&tools, dir.path(), &image, &options).unwrap();
         let arriving = Arriving::new(&stage).unwrap();
         let program = Path::new(env!("CARGO_BIN_EXE_flimcd"));
-        let config = arriving.config();
+        let config = machine(&arriving);
         let agents = Agents::start(&stage.sites, dir.path(), program, ["", &config]).unwrap();
         let client = Client::new(agents.at(Side::A).api_socket());
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -222,6 +231,26 @@ impl World {
         }
     }
 
+    /// What the target's agent says while it waits for somebody to start the machine.
+    fn wait_told(&self) -> String {
+        let target = Client::new(self.agents.at(Side::B).api_socket());
+        let start = Instant::now();
+        loop {
+            if let Ok(status) = self.runtime.block_on(target.vm_move(&self.vm))
+                && !status.phase.has_ended()
+                && let Some(note) = status.notes.last()
+            {
+                return note.clone();
+            }
+            assert!(
+                start.elapsed() < PATIENCE,
+                "{}",
+                self.agents.at(Side::B).log()
+            );
+            std::thread::sleep(POLL);
+        }
+    }
+
     /// The target gives the disks back as plain files, with the agent out of the way, soon after the move.
     fn wait_released(&self) {
         let target = Client::new(self.agents.at(Side::B).api_socket());
@@ -282,6 +311,34 @@ fn a_qcow2_disk_moves_and_finds_its_backing_file() {
     let status = world.wait_end();
     assert_eq!(status.phase, VmPhase::Completed, "{status:#?}");
     world.wait_released();
+    world.check_moved();
+}
+
+#[test]
+fn a_machine_that_somebody_else_starts_is_waited_for() {
+    let Some(world) = World::with_machine("200mbit,20ms", 1, Layout::Raw, Arriving::awaited_config)
+    else {
+        return;
+    };
+    // Given up, and then begun again.
+    world.begin(false);
+    let told = world.wait_told();
+    assert!(told.contains("-incoming defer"), "{told}");
+    world
+        .runtime
+        .block_on(world.client.cancel_vm_move(&world.vm))
+        .unwrap();
+    assert_eq!(world.wait_end().phase, VmPhase::Cancelled);
+    world.check_stayed();
+    world.begin(false);
+    let told = world.wait_told();
+    let (_, arguments) = told.split_once("these arguments: ").unwrap();
+    world
+        .arriving
+        .start_as_told(&world.stage.sites, arguments)
+        .unwrap();
+    let status = world.wait_end();
+    assert_eq!(status.phase, VmPhase::Completed, "{status:#?}");
     world.check_moved();
 }
 

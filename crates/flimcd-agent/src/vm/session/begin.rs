@@ -18,6 +18,7 @@ use crate::{
         ApiCode, ErrorBody, MigrateRequest, MoveVm, OwnershipState, RamMode, Role, Switchover,
         VmMoveStatus, VmPhase,
     },
+    config::MachineSource,
     error::{io_error, refuse},
     links::{Inbox, PeerLink},
     migration::{Outcome, progress::unix_ms},
@@ -169,14 +170,14 @@ impl Agent {
         inbox: Inbox,
     ) {
         let taken = async {
-            let (record, command) = self.take_vm_in(link, id, &open)?;
+            let (record, machine) = self.take_vm_in(link, id, &open)?;
             let working = self.wait_for_name(&open.name).await?;
             let saved = self.save_move(&record).await;
             saved.map_err(|error| error.to_string())?;
-            Ok::<_, String>((record, command, working))
+            Ok::<_, String>((record, machine, working))
         };
         let refused = match taken.await {
-            Ok((record, command, working)) => {
+            Ok((record, machine, working)) => {
                 tracing::info!(session = %id, vm = %open.name, from = %link.peer(), "a machine is arriving");
                 let setup = TargetSetup {
                     link: link.clone(),
@@ -184,7 +185,7 @@ impl Agent {
                     record,
                     inbox,
                     working,
-                    command,
+                    machine: Some(machine),
                     qmp: None,
                     start: VmTargetStart::Fresh,
                 };
@@ -223,7 +224,7 @@ impl Agent {
         link: &Arc<PeerLink>,
         id: MigrationId,
         open: &VmOpen,
-    ) -> Result<(SessionRecord, Vec<String>), String> {
+    ) -> Result<(SessionRecord, MachineSource), String> {
         let (site, name, peer) = (&self.config.site, &open.name, link.peer());
         if self.moves.is_known(id, peer) {
             return Err("this move has ended at the target; start a new one".to_owned());
@@ -239,7 +240,7 @@ impl Agent {
                  the configuration of {site}"
             ));
         }
-        let command = self.config.machine_for(name).ok_or_else(|| {
+        let machine = self.config.machine_for(name).ok_or_else(|| {
             format!(
                 "site {site} does not know how to start {name}; add a [[machine]] table for it to its configuration \
                  and restart the agent there"
@@ -260,7 +261,7 @@ impl Agent {
         let mut status = fresh_status(name, Role::Target, peer.clone(), description.memory_bytes);
         status.id = id;
         let record = SessionRecord::new(status, None, description);
-        Ok((record, command))
+        Ok((record, machine))
     }
 
     // ---- after a restart ----------------------------------------------------------------------
@@ -338,13 +339,12 @@ impl Agent {
             .map_or(record.status.attempt, |launched| launched.attempt);
         record.status.attempt = attempt;
         let disks_done = !self.disks_run(&record);
-        let command = self.config.machine_for(&record.vm).unwrap_or_default();
         let setup = TargetSetup {
             inbox: link.register(record.id),
             link,
             ends: self.moves.begin(&record),
             working,
-            command,
+            machine: self.config.machine_for(&record.vm),
             qmp,
             start: VmTargetStart::Resume {
                 attempt,

@@ -1,4 +1,5 @@
-//! Starting and ending the machine of a VM that arrives, from the command in the configuration.
+//! Starting and ending the machine of a VM that arrives, from the command in the configuration; or waiting for one that
+//! somebody else starts.
 //!
 //! The command is a list of arguments. Some stand for what is only known when a VM arrives:
 //!
@@ -30,6 +31,8 @@ use super::record::{Description, Launched};
 const START: Duration = Duration::from_secs(60);
 /// How long it may take to end when asked.
 const END: Duration = Duration::from_secs(5);
+/// How long somebody may take to start one.
+const AWAITED: Duration = Duration::from_secs(600);
 const POLL: Duration = Duration::from_millis(20);
 /// What of its output is quoted.
 const QUOTED_BYTES: u64 = 600;
@@ -39,7 +42,6 @@ const QUOTED_BYTES: u64 = 600;
 pub(crate) struct Launch {
     pub(crate) attempt: u32,
     pub(crate) name: VolumeName,
-    pub(crate) command: Vec<String>,
     pub(crate) description: Description,
     /// In the order of the description's disks.
     pub(crate) exports: Vec<Export>,
@@ -49,11 +51,11 @@ pub(crate) struct Launch {
 
 impl Launch {
     /// Starts the machine and connects to its monitor.
-    pub(crate) async fn start(&self) -> Result<(Launched, Qmp), String> {
+    pub(crate) async fn start(&self, command: &[String]) -> Result<(Launched, Qmp), String> {
         remove_stale(&self.qmp).map_err(|error| {
             format!("a socket is in the way at {}: {error}", self.qmp.display())
         })?;
-        let arguments = self.arguments();
+        let arguments = self.arguments(command);
         let [program, rest @ ..] = &arguments[..] else {
             return Err("the command in the configuration is empty".to_owned());
         };
@@ -109,15 +111,61 @@ impl Launch {
         }
     }
 
-    fn arguments(&self) -> Vec<String> {
+    /// Waits for a machine that somebody else starts, as long as it is wanted, and says how, unless it is there already.
+    pub(crate) async fn wait(
+        &self,
+        is_wanted: impl Fn() -> bool,
+        note: impl Fn(String),
+    ) -> Result<(Launched, Qmp), String> {
+        let monitor = self.qmp.display();
+        let deadline = Instant::now() + AWAITED;
+        let mut is_said = false;
+        loop {
+            if let Ok(qmp) = Qmp::connect(&self.qmp).await {
+                let launched = Launched {
+                    attempt: self.attempt,
+                    qmp: self.qmp.clone(),
+                    pid: None,
+                };
+                return Ok((launched, qmp));
+            }
+            if !is_wanted() {
+                return Err("the move has ended before a machine was started".to_owned());
+            }
+            if Instant::now() >= deadline {
+                return Err(format!(
+                    "no machine was started with its monitor at {monitor} within {} minutes",
+                    AWAITED.as_secs() / 60
+                ));
+            }
+            if !std::mem::replace(&mut is_said, true) {
+                let control = self.control().join(" ");
+                let disks: Vec<_> = self
+                    .nodes()
+                    .iter()
+                    .map(|n| format!("-blockdev '{n}'"))
+                    .collect();
+                note(format!(
+                    "waiting for a machine with its monitor at {monitor}: start {} as at the source, with its disks on the \
+                     nodes disk0, disk1, …, and with these arguments: {control} {}",
+                    self.name,
+                    disks.join(" ")
+                ));
+            }
+            sleep(POLL).await;
+        }
+    }
+
+    fn control(&self) -> [String; 5] {
+        let monitor = format!("unix:{},server=on,wait=off", self.qmp.display());
+        ["-S", "-incoming", "defer", "-qmp", &monitor].map(str::to_owned)
+    }
+
+    fn arguments(&self, command: &[String]) -> Vec<String> {
         let mut arguments = Vec::new();
-        for argument in &self.command {
+        for argument in command {
             match argument.as_str() {
-                "{control}" => {
-                    let monitor = format!("unix:{},server=on,wait=off", self.qmp.display());
-                    let control = ["-S", "-incoming", "defer", "-qmp", &monitor];
-                    arguments.extend(control.map(str::to_owned));
-                }
+                "{control}" => arguments.extend(self.control()),
                 "{blockdevs}" => {
                     for node in self.nodes() {
                         arguments.extend(["-blockdev".to_owned(), node.to_string()]);
@@ -191,6 +239,7 @@ pub(crate) async fn end(launched: &Launched, qmp: Option<&Qmp>) {
         Some(qmp) if !qmp.is_closed() => Some(qmp.clone()),
         _ => Qmp::connect(&launched.qmp).await.ok(),
     };
+    // One that has taken a VM in, or failed to, is of no use for another, whoever started it.
     if let Some(qmp) = connected {
         // It closes the monitor instead of answering, or does both.
         let _ = qmp.execute(flimcd_qemu::commands::Quit {}).await;

@@ -6,7 +6,14 @@ use flimcd_migrate::vm::{
 };
 use flimcd_qemu::{Export, Qmp, RunState, transfer};
 use flimcd_wire::{ErrorCode, VmMessage, WireError};
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
 use tokio::{
     sync::{mpsc, watch},
     time::{Instant, sleep},
@@ -21,6 +28,7 @@ use super::{
 use crate::{
     agent::Agent,
     api::{VmMoveStatus, VmPhase},
+    config::MachineSource,
     links::{Inbox, LinkInput, PeerLink},
     migration::{Outcome, hooks::DisksEvent, progress::unix_ms},
     vm::{
@@ -51,6 +59,8 @@ enum Stepped {
     Running,
     Killed,
     Told,
+    /// No step: something that a person should know.
+    Note(String),
 }
 
 /// How the machine fares.
@@ -87,6 +97,8 @@ pub(super) struct TargetSession {
     stop: watch::Receiver<bool>,
     steps: mpsc::UnboundedSender<VmTargetAction>,
     results: mpsc::UnboundedReceiver<Stepped>,
+    /// The attempt whose machine is to be there, 0 for none.
+    wanted: Arc<AtomicU32>,
     steps_left: usize,
     look: mpsc::UnboundedSender<(u32, Looked)>,
     looks: mpsc::UnboundedReceiver<(u32, Looked)>,
@@ -104,7 +116,8 @@ pub(super) struct TargetSetup {
     pub(super) ends: Ends,
     pub(super) inbox: Inbox,
     pub(super) working: Working,
-    pub(super) command: Vec<String>,
+    /// Where the machine comes from, if the configuration still says so.
+    pub(super) machine: Option<MachineSource>,
     /// The machine that a run before this has started, if it can still be asked.
     pub(super) qmp: Option<Qmp>,
     pub(super) start: VmTargetStart,
@@ -115,14 +128,17 @@ impl TargetSession {
         let (steps, actions) = mpsc::unbounded_channel();
         let (results_in, results) = mpsc::unbounded_channel();
         let (look, looks) = mpsc::unbounded_channel();
+        let wanted = Arc::new(AtomicU32::new(0));
         let runner = Steps {
             agent: agent.clone(),
             session: setup.record.id,
             record: setup.record.clone(),
-            command: setup.command,
+            machine: setup.machine,
             qmp: setup.qmp.clone(),
+            results: results_in,
+            wanted: wanted.clone(),
         };
-        tokio::spawn(runner.run(actions, results_in));
+        tokio::spawn(runner.run(actions));
         Self {
             agent: agent.clone(),
             disks: agent.disks_of(setup.record.id),
@@ -136,6 +152,7 @@ impl TargetSession {
             stop: agent.stop_signal(),
             steps,
             results,
+            wanted,
             steps_left: 0,
             look,
             looks,
@@ -228,8 +245,14 @@ impl TargetSession {
     }
 
     fn stepped(&mut self, stepped: Stepped) {
+        if let Stepped::Note(text) = stepped {
+            tracing::warn!(session = %self.record.id, vm = %self.record.vm, "{text}");
+            base::add_note(&mut self.record.status, text);
+            return self.publish();
+        }
         self.steps_left -= 1;
         match stepped {
+            Stepped::Note(_) => {}
             Stepped::Listening {
                 launched,
                 qmp,
@@ -293,6 +316,11 @@ impl TargetSession {
     fn act(&mut self) {
         while let Some(action) = self.machine.poll_action() {
             tracing::debug!(session = %self.record.id, ?action, "step");
+            match action {
+                VmTargetAction::Start { attempt } => self.wanted.store(attempt, Ordering::Relaxed),
+                VmTargetAction::Kill => self.wanted.store(0, Ordering::Relaxed),
+                VmTargetAction::Disks(_) | VmTargetAction::Run => {}
+            }
             self.steps_left += 1;
             // The runner lives as long as this.
             let _ = self.steps.send(action);
@@ -384,19 +412,18 @@ struct Steps {
     agent: Arc<Agent>,
     session: MigrationId,
     record: SessionRecord,
-    command: Vec<String>,
+    machine: Option<MachineSource>,
     qmp: Option<Qmp>,
+    results: mpsc::UnboundedSender<Stepped>,
+    /// As in the session.
+    wanted: Arc<AtomicU32>,
 }
 
 impl Steps {
-    async fn run(
-        mut self,
-        mut actions: mpsc::UnboundedReceiver<VmTargetAction>,
-        results: mpsc::UnboundedSender<Stepped>,
-    ) {
+    async fn run(mut self, mut actions: mpsc::UnboundedReceiver<VmTargetAction>) {
         while let Some(action) = actions.recv().await {
             let stepped = self.take(action).await;
-            if results.send(stepped).is_err() {
+            if self.results.send(stepped).is_err() {
                 return;
             }
         }
@@ -447,20 +474,34 @@ impl Steps {
 
     /// Starts a machine and has it listen.
     async fn launch(&mut self, attempt: u32) -> Result<Stepped, String> {
+        let machine = self.machine.clone();
+        let machine =
+            machine.ok_or("the configuration has no [[machine]] table for it any more")?;
+        let (command, qmp) = match machine {
+            MachineSource::Awaited(qmp) => (None, qmp),
+            MachineSource::Command(command) => {
+                let file = format!("{}.qmp", self.record.vm);
+                (Some(command), self.agent.config.runtime_dir.join(file))
+            }
+        };
         let launch = Launch {
             attempt,
             name: self.record.vm.clone(),
-            command: self.command.clone(),
             exports: self.exports().await?,
             description: self.record.description.clone(),
-            qmp: self
-                .agent
-                .config
-                .runtime_dir
-                .join(format!("{}.qmp", self.record.vm)),
+            qmp,
             log: log_path(&self.agent, &self.record),
         };
-        let (launched, qmp) = launch.start().await?;
+        let (launched, qmp) = match command {
+            Some(command) => launch.start(&command).await?,
+            None => {
+                let results = self.results.clone();
+                let is_wanted = || self.wanted.load(Ordering::Relaxed) == attempt;
+                launch
+                    .wait(is_wanted, |text| drop(results.send(Stepped::Note(text))))
+                    .await?
+            }
+        };
         self.record.launched = Some(launched.clone());
         self.qmp = Some(qmp.clone());
         // A restart has to find it.
