@@ -241,6 +241,7 @@ pub async fn start(config: Config) -> Result<RunningAgent, StartError> {
     agent.resume_vms();
     agent.resume_moves(moves).await;
     agent.resume_scans();
+    agent.spawn(crate::heat::keep(agent.clone()));
     let routers = agent
         .links
         .values()

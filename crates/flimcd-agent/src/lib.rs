@@ -22,6 +22,7 @@ pub mod api;
 pub mod config;
 mod dirs;
 mod error;
+mod heat;
 mod hosting;
 mod library;
 mod links;

@@ -70,22 +70,22 @@ async fn run_source(
             } else {
                 Vec::new()
             };
-            Ok((start, sample, bases))
+            Ok((start, sample, bases, volumes.heat()))
         };
         tokio::task::spawn_blocking(prepare).await
     };
-    let (start, sample, bases) = match prepared.unwrap_or_else(|panic| Err(io::Error::other(panic)))
-    {
-        Ok(prepared) => prepared,
-        Err(error) if is_fresh => {
-            let why = format!("finding the data of the volume failed: {error}");
-            return fail(&agent, record, begin.hook.as_ref(), why).await;
-        }
-        Err(error) => {
-            let why = format!("finding out what the target lacks failed: {error}");
-            return stall(&record, &begin, &why);
-        }
-    };
+    let (start, sample, bases, heat) =
+        match prepared.unwrap_or_else(|panic| Err(io::Error::other(panic))) {
+            Ok(prepared) => prepared,
+            Err(error) if is_fresh => {
+                let why = format!("finding the data of the volume failed: {error}");
+                return fail(&agent, record, begin.hook.as_ref(), why).await;
+            }
+            Err(error) => {
+                let why = format!("finding out what the target lacks failed: {error}");
+                return stall(&record, &begin, &why);
+            }
+        };
     let ceiling = request.bandwidth_bytes_per_sec;
     let configured = agent.config.limits.bandwidth.map(|rate| rate.0);
     link.handle().set_ceiling(ceiling.or(configured));
@@ -104,6 +104,7 @@ async fn run_source(
     let make = |now| {
         let mut machine = SourceMachine::new(config, policy, start, now);
         machine.set_sample(sample);
+        machine.set_heat(&heat.reads, &heat.writes);
         machine
     };
     let ended = match SourceDriver::new(setup, make) {

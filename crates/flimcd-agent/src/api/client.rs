@@ -15,6 +15,7 @@ use std::{
 use tokio::net::UnixStream;
 
 use super::{
+    heat::HeatReport,
     plan::{PlanRequest, PlanStatus},
     types::{
         AddLibraryImage, CreateVolume, ErrorBody, ExportInfo, ImportVolume, LibraryImage,
@@ -132,6 +133,20 @@ impl Client {
     /// [`ClientError`], as for all calls.
     pub async fn volume(&self, name: &VolumeName) -> Result<VolumeInfo, ClientError> {
         self.get(&format!("/v1/volumes/{name}")).await
+    }
+
+    /// What is hot in a volume: a picture of at most `cells` cells, and the `top` hottest chunks.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn heat(
+        &self,
+        name: &VolumeName,
+        cells: u32,
+        top: u32,
+    ) -> Result<HeatReport, ClientError> {
+        let path = format!("/v1/volumes/{name}/heat?cells={cells}&top={top}");
+        self.get(&path).await
     }
 
     /// Makes an empty volume.

@@ -1,6 +1,8 @@
 //! The agent's HTTP/JSON API over a unix socket: its types, and the client that the command line uses.
 
 pub mod client;
+pub mod heat;
+mod heat_server;
 pub mod plan;
 mod plan_server;
 pub(crate) mod server;
@@ -10,6 +12,7 @@ pub mod vm_move;
 mod vm_server;
 
 pub use client::{Client, ClientError};
+pub use heat::*;
 pub use plan::*;
 pub use server::openapi_json;
 pub use types::*;

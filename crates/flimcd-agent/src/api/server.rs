@@ -17,7 +17,7 @@ use std::{str::FromStr, sync::Arc};
 use utoipa::OpenApi;
 
 use super::{
-    plan_server,
+    heat_server, plan_server,
     types::{
         AddLibraryImage, ApiCode, CreateVolume, DropQuery, ErrorBody, ExportInfo, ImportVolume,
         LibraryImage, MigrateRequest, MigrateTogether, MigrationStatus, RemoveQuery, RemovedVolume,
@@ -80,6 +80,7 @@ pub fn openapi_json() -> String {
         migrations,
         migrate_together,
         migration,
+        heat_server::heat,
         vm_server::vms,
         vm_server::adopt_vm,
         vm_server::vm,
@@ -121,6 +122,7 @@ pub(crate) fn router(agent: Arc<Agent>) -> Router {
         )
         .route("/v1/library/{name}/verify", post(verify_library_image))
         .route("/v1/migrations/{id}", get(migration))
+        .merge(heat_server::routes())
         .merge(plan_server::routes())
         .merge(vm_server::routes())
         .fallback(unknown_path)
@@ -141,7 +143,7 @@ async fn document() -> Response {
     (kind, openapi_json()).into_response()
 }
 
-fn bad_request(message: String) -> ErrorBody {
+pub(super) fn bad_request(message: String) -> ErrorBody {
     ErrorBody {
         code: ApiCode::BadRequest,
         message,

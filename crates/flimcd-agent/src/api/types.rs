@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use std::{fmt, path::PathBuf, str::FromStr};
 use utoipa::ToSchema;
 
-use super::Planned;
+use super::{Planned, Predicted};
 
 /// `GET /v1/status`: the agent and everything it has at hand.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -205,7 +205,7 @@ pub struct RemovedVolume {
     pub image_deleted: bool,
 }
 
-/// How a migration goes about it.
+/// How a migration goes about it: `flimcd`, and those of the literature to compare it with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Strategy {
@@ -213,6 +213,18 @@ pub enum Strategy {
     Precopy,
     /// Switch at once, then fetch on demand and push the rest.
     Postcopy,
+    /// One pass; writes follow as deltas, and writers are slowed down when they come too fast.
+    ForwardWrites,
+    /// One pass; writes to what has gone over are answered when both sides have them.
+    Mirror,
+    /// A frozen base, then what was written meanwhile, and so on, then stop and copy.
+    Snapshot,
+    /// Rounds, then the switch with a bitmap of what is dirty, then push and pull.
+    Bitmap,
+    /// What is written least first, and after the switch what is read most.
+    WorkloadAware,
+    /// What is written too often stays for after the switch.
+    HybridThreshold,
     /// Copy what is not hot, switch when the cost model says so, fetch the rest.
     #[default]
     Flimcd,
@@ -220,7 +232,17 @@ pub enum Strategy {
 
 impl Strategy {
     /// All strategies.
-    pub const ALL: [Self; 3] = [Self::Precopy, Self::Postcopy, Self::Flimcd];
+    pub const ALL: [Self; 9] = [
+        Self::Flimcd,
+        Self::Precopy,
+        Self::Postcopy,
+        Self::ForwardWrites,
+        Self::Mirror,
+        Self::Snapshot,
+        Self::Bitmap,
+        Self::WorkloadAware,
+        Self::HybridThreshold,
+    ];
 
     /// Its name, as in the API and on the command line.
     #[must_use]
@@ -228,6 +250,12 @@ impl Strategy {
         match self {
             Self::Precopy => "precopy",
             Self::Postcopy => "postcopy",
+            Self::ForwardWrites => "forward-writes",
+            Self::Mirror => "mirror",
+            Self::Snapshot => "snapshot",
+            Self::Bitmap => "bitmap",
+            Self::WorkloadAware => "workload-aware",
+            Self::HybridThreshold => "hybrid-threshold",
             Self::Flimcd => "flimcd",
         }
     }
@@ -252,7 +280,7 @@ impl FromStr for Strategy {
 
 /// A name that is no strategy.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("there is no strategy {0:?}; use one of precopy, postcopy, flimcd")]
+#[error("there is no strategy {0:?}; use one of {names}", names = Strategy::ALL.map(Strategy::name).join(", "))]
 pub struct UnknownStrategy(String);
 
 /// When the switchover may happen.
@@ -433,6 +461,9 @@ pub struct MigrationStatus {
     /// What the last plan of the same volumes and site expected; only the source knows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub planned: Option<Planned>,
+    /// What was expected of the time after the switch when it was made; only the source knows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub predicted: Option<Predicted>,
 }
 
 impl MigrationStatus {

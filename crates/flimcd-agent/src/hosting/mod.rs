@@ -25,6 +25,7 @@ use crate::{
     Config,
     api::{ApiCode, ErrorBody, OwnershipState, RemovedVolume},
     error::{StartError, refuse},
+    heat,
     ops::not_owner,
 };
 use hosted::state_of;
@@ -119,6 +120,7 @@ impl Hosting {
                 if let Err(error) = closed {
                     tracing::error!(volume = %hosted.name(), "making data durable failed: {error}");
                 }
+                heat::store(&hosted.volume);
             }
         }
     }

@@ -7,7 +7,10 @@ use flimcd_volume::VolumeObserver;
 use flimcd_wire::Message;
 use std::{
     io,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 use tokio::sync::{Notify, mpsc, oneshot, watch};
@@ -30,27 +33,36 @@ const PUBLISH: Duration = Duration::from_millis(100);
 
 /// Turns what the volumes notice into one wake-up of its driver.
 #[derive(Default)]
-pub(crate) struct Wake(Notify);
+pub(crate) struct Wake {
+    notify: Notify,
+    /// A guest has read, and nobody has looked since.
+    has_read: AtomicBool,
+}
 
 impl VolumeObserver for Wake {
     fn on_fault(&self) {
-        self.0.notify_one();
+        self.notify.notify_one();
+    }
+
+    fn on_reads(&self) {
+        self.has_read.store(true, Ordering::Release);
+        self.notify.notify_one();
     }
 
     fn on_peek(&self) {
-        self.0.notify_one();
+        self.notify.notify_one();
     }
 
     fn on_drained(&self) {
-        self.0.notify_one();
+        self.notify.notify_one();
     }
 
     fn on_guests_gone(&self) {
-        self.0.notify_one();
+        self.notify.notify_one();
     }
 
     fn on_held(&self) {
-        self.0.notify_one();
+        self.notify.notify_one();
     }
 }
 
@@ -178,11 +190,12 @@ pub(crate) struct Base<D> {
 }
 
 impl<D> Base<D> {
-    /// Starts the workers and begins to observe the volumes.
+    /// Starts the workers, and begins to observe the volumes and what their guests read.
     pub(crate) fn new(setup: Setup, label: &str) -> io::Result<Self> {
         let (done, answers) = mpsc::unbounded_channel();
         let wake = Arc::<Wake>::default();
         setup.volumes.set_observer(&wake);
+        setup.volumes.set_read_log(true);
         let handle = setup.link.handle();
         Ok(Self {
             link_bytes_before: handle.bytes_sent() + handle.bytes_received(),
@@ -232,7 +245,7 @@ impl<D> Base<D> {
             _ = self.stop.wait_for(|&stop| stop) => Event::Stop,
             () = timer => Event::Timer,
             Some(command) = self.commands.recv() => Event::Command(command),
-            () = self.wake.0.notified() => Event::Volume,
+            () = self.wake.notify.notified() => Event::Volume,
             Some(answer) = self.answers.recv() => {
                 self.jobs -= 1;
                 Event::Done(answer)
@@ -240,6 +253,11 @@ impl<D> Base<D> {
             Some(input) = self.inbox.recv() => Event::Link(input),
             () = room => Event::Room,
         }
+    }
+
+    /// Whether a guest has read since the last call. Only while the volumes keep a log of that.
+    pub(crate) fn has_read(&self) -> bool {
+        self.wake.has_read.swap(false, Ordering::AcqRel)
     }
 
     /// Passes on to the machine what the link did, and returns what the peer said.
@@ -356,6 +374,7 @@ impl<D> Base<D> {
 
     /// Lets the workers finish, writes the record, and gives the last status away.
     pub(crate) async fn close(mut self, outcome: Outcome) -> (MigrationRecord, Outcome) {
+        self.volumes.set_read_log(false);
         // The last job of its lane, and `finish` waits for all lanes.
         drop(self.save_record());
         let workers = self.workers;

@@ -17,10 +17,12 @@
 
 mod arrive;
 mod base;
+mod heat;
 pub(crate) mod hooks;
 mod peeks;
 mod policies;
 pub(crate) mod port;
+mod predicted;
 pub(crate) mod progress;
 #[cfg(test)]
 mod session_tests;

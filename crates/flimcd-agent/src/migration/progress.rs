@@ -63,6 +63,7 @@ pub(crate) fn fresh_status(
         error: None,
         notes: Vec::new(),
         planned: None,
+        predicted: None,
     }
 }
 

@@ -251,6 +251,7 @@ impl SourceDriver {
                 },
             );
             if self.machine.phase().wants_dirty() {
+                self.take_reads(now);
                 let dirty = self.base.volumes.take_dirty();
                 if !dirty.is_empty() {
                     self.base.status.blocks_dirtied += dirty.count();
@@ -262,6 +263,14 @@ impl SourceDriver {
             self.machine.handle_timeout(now);
         }
         self.consider_guests(now);
+    }
+
+    /// Tells the machine what guests have read.
+    fn take_reads(&mut self, now: Time) {
+        let reads = self.base.volumes.take_reads();
+        if !reads.is_empty() {
+            self.machine.handle_reads(now, &reads);
+        }
     }
 
     /// Automatic switchover: nobody is connected, and the machine would switch.
@@ -368,6 +377,7 @@ impl SourceDriver {
                 let dirty = self.base.volumes.take_dirty();
                 self.base.status.blocks_dirtied += dirty.count();
                 let now = self.base.now();
+                self.take_reads(now);
                 self.machine.handle_frozen(now, &dirty);
                 continue;
             }
@@ -552,11 +562,6 @@ impl SourceDriver {
             SourceEvent::ReadyForSwitchover => {
                 tracing::info!(migration = %self.base.record.id, "ready for the switchover");
                 self.sync_ahead();
-                // So that the hand-over finds no queue of bulk on its way. Pre-copy alone gains nothing by it,
-                // since it sends bulk while the guest stands.
-                if self.base.status.strategy != Some(api::Strategy::Precopy) {
-                    self.base.port.link().set_pacing(self.base.record.id, true);
-                }
             }
             SourceEvent::SwitchedOver => {
                 let stopped = self.stopped_at.take();
@@ -572,7 +577,11 @@ impl SourceDriver {
                 drop(self.base.save_record());
                 self.base.tell(DisksEvent::Moved);
             }
-            SourceEvent::Completed => self.base.tell(DisksEvent::Completed),
+            SourceEvent::Completed => {
+                self.publish();
+                self.base.log_outcome();
+                self.base.tell(DisksEvent::Completed);
+            }
             SourceEvent::Cancelled => self.base.tell(DisksEvent::Ended(Ok(()))),
             SourceEvent::Failed(error) => {
                 let text = error.text;
@@ -583,7 +592,10 @@ impl SourceDriver {
                 self.base.tell(DisksEvent::Ended(Err(text.clone())));
                 self.base.status.error = Some(text);
             }
-            SourceEvent::Predicted(_) => {}
+            SourceEvent::Predicted(prediction) => {
+                self.publish();
+                self.base.note_prediction(prediction);
+            }
             SourceEvent::Seed(name) => {
                 tracing::info!(
                     migration = %self.base.record.id, image = %name,

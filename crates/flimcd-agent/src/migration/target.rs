@@ -16,6 +16,7 @@ use std::{
 use super::{
     arrive::{Sources, Written, tenants},
     base::{Base, Command, CommandError, Event, Outcome, Setup, disk_error},
+    heat::READS_DELAY,
     hooks::DisksEvent,
     peeks::Asking,
     progress::{add_content, unix_ms},
@@ -57,6 +58,8 @@ pub(crate) struct TargetDriver {
     base: Base<Done>,
     machine: TargetMachine,
     look_at: Time,
+    /// When the machine is told what the guest has read, if it has.
+    reads_at: Option<Time>,
     /// What arrived must be removed at the end.
     discard: bool,
     /// What an agent that ran before had counted.
@@ -85,6 +88,7 @@ impl TargetDriver {
         Ok(Self {
             machine: TargetMachine::new(begin.config.clone(), begin.start, base.now()),
             look_at: base.now(),
+            reads_at: None,
             reads_before: base.status.guest_reads,
             reads_missed_before: base.status.guest_reads_missed,
             content: ContentCount::default(),
@@ -137,7 +141,8 @@ impl TargetDriver {
 
     fn deadline(&self) -> Option<Time> {
         let look = self.machine.phase().owns().then_some(self.look_at);
-        look.into_iter().chain(self.machine.poll_timeout()).min()
+        let timeout = self.machine.poll_timeout();
+        [look, self.reads_at, timeout].into_iter().flatten().min()
     }
 
     fn apply(&mut self, event: Event<Done>) {
@@ -158,10 +163,18 @@ impl TargetDriver {
             Event::Done(done) => self.answer(now, done),
             Event::Volume => {
                 self.take_faults(now);
+                if self.base.has_read() {
+                    self.reads_at.get_or_insert(now + READS_DELAY);
+                }
                 self.asking.take(&self.base.volumes);
             }
             Event::Command(command) => self.command(now, command),
             Event::Timer => {
+                if self.reads_at.is_some_and(|at| at <= now) {
+                    self.reads_at = None;
+                    let reads = self.base.volumes.take_reads();
+                    self.machine.handle_reads(now, &reads);
+                }
                 if self.look_at <= now {
                     self.look_at = now + LOOK;
                     self.look(now);
@@ -348,7 +361,14 @@ impl TargetDriver {
             }
             TargetAction::ChooseSeed { sample } => self.choose_seed(sample),
             TargetAction::Probe(probe) => self.probe(probe),
-            TargetAction::KeepHeat(_) => {}
+            TargetAction::KeepHeat(part) => {
+                let volumes = self.base.volumes.clone();
+                self.base.workers.record(move || {
+                    if !volumes.keep_heat(&part) {
+                        tracing::warn!("what was hot at the source makes no sense here");
+                    }
+                });
+            }
             TargetAction::Discard => self.discard = true,
         }
     }
