@@ -10,6 +10,7 @@ mod crash;
 mod cuts;
 mod disks;
 mod guest;
+mod heat;
 mod library;
 mod migrate;
 mod mixed;
