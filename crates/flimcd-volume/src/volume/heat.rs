@@ -7,7 +7,7 @@
 //! A port takes note of its requests while it holds the core's lock anyway, which is a push to a vector of its own, and counts
 //! them after that under a lock that nothing but heat takes. Where that lock is held, by another port or by somebody who
 //! looks, the port goes on and counts with its next requests. No clock is read: counts are halved by whoever looks, which the agent
-//! does once a minute for every volume ([`Volume::store_heat`]). `benches/heat.rs` measures what it costs.
+//! does once a minute for every volume ([`Volume::store_heat`]). The test `cost` measures what it takes.
 //!
 //! # Memory and disk
 //! Two bytes per chunk and kind for regions of 256 MiB that are touched, so at most 64 MiB per TiB, and regions that cool
@@ -383,6 +383,53 @@ mod tests {
         assert_eq!(heat.counted, Duration::from_secs(1));
         assert!(near(heat.read.get(ChunkIndex(9)), 100.0));
         assert_eq!(heat.write.chunks().count(), 0);
+    }
+
+    /// Nanoseconds per guest request, to be run by hand in a release build:
+    /// `cargo test --release -p flimcd-volume -- --ignored --nocapture cost`.
+    #[test]
+    #[ignore = "measures, and checks nothing"]
+    #[expect(
+        clippy::print_stderr,
+        clippy::cast_precision_loss,
+        reason = "for people"
+    )]
+    fn cost() {
+        const REQUESTS: u64 = 4_000_000;
+        for (name, size) in [("10 GiB", 10 << 30), ("1 TiB", 1u64 << 40)] {
+            for batch in [1, 32] {
+                let book = HeatBook::new(VolumeSize::new(size).unwrap(), None);
+                let mut touched = Vec::new();
+                let mut random = 1u64;
+                let mut run = |counts: bool| {
+                    let begin = Instant::now();
+                    for number in 0..REQUESTS {
+                        random ^= random << 13;
+                        random ^= random >> 7;
+                        random ^= random << 17;
+                        let range = ByteRange::at(random % (size / 4096) * 4096, 4096);
+                        touched.extend(Touch::of(GuestOp::Read, range));
+                        if number % batch == 0 {
+                            if counts {
+                                book.count(&mut touched);
+                            }
+                            std::hint::black_box(&mut touched).clear();
+                        }
+                    }
+                    begin.elapsed().as_nanos() as f64 / REQUESTS as f64
+                };
+                run(true);
+                let (off, on) = (run(false), run(true));
+                eprintln!("heat, {name}, {batch} requests at once: {:.1} ns", on - off);
+                let begin = Instant::now();
+                drop(book.snapshot(begin + HEAT_HALF_LIFE));
+                let took = begin.elapsed();
+                eprintln!(
+                    "  a look that halves: {took:.1?}, {} KiB",
+                    book.memory_bytes() >> 10
+                );
+            }
+        }
     }
 
     #[test]

@@ -106,6 +106,35 @@ fn a_full_log_drops_the_newest_and_counts_them() {
     assert_eq!(taken(&mut rules), [(3, 4)]);
 }
 
+/// Nanoseconds per guest read, to be run by hand in a release build:
+/// `cargo test --release -p flimcd-volume -- --ignored --nocapture cost`.
+#[test]
+#[ignore = "measures, and checks nothing"]
+#[expect(
+    clippy::print_stderr,
+    clippy::cast_precision_loss,
+    reason = "for people"
+)]
+fn cost() {
+    const REQUESTS: u64 = 20_000_000;
+    for is_on in [false, true, false, true] {
+        let mut rules = Rules::new(size(), Mode::Owner);
+        rules.set_read_log(is_on);
+        let mut reads = Vec::new();
+        let begin = std::time::Instant::now();
+        for number in 0..REQUESTS {
+            let at = number % BLOCKS;
+            read(&mut rules, at, at + 1);
+            if number % 512 == 0 {
+                rules.take_reads(&mut reads);
+                std::hint::black_box(&mut reads).clear();
+            }
+        }
+        let ns = begin.elapsed().as_nanos() as f64 / REQUESTS as f64;
+        eprintln!("begin and finish of a read, log on: {is_on}: {ns:.2} ns");
+    }
+}
+
 /// What happens to the rules of an owner.
 #[derive(Clone, Copy, Debug)]
 enum Step {
