@@ -22,6 +22,7 @@
 //! check every count and range before it is used; what they let through is structurally sound, while
 //! whether it makes sense for a volume is decided by the machines.
 
+mod check;
 mod frame;
 mod heat;
 mod hello;
@@ -32,6 +33,9 @@ mod seed;
 mod set;
 mod vm;
 
+pub use check::{
+    CHECK_HASH_BYTES, CheckAsk, CheckOpen, CheckPart, MAX_CHECK_BLOCKS, MAX_CHECK_PIECES,
+};
 pub use frame::{Body, DecodeError, Encoded, Frame, FrameDecoder, LinkMessage, encode};
 pub use heat::{HEAT_PART_CHUNKS, HeatKind, HeatPart, MAX_TOUCHED};
 pub use hello::{

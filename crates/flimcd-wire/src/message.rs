@@ -10,8 +10,8 @@ use flimcd_core::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    DecodeError, HeatPart, MAX_TOUCHED, PlanOpen, Planned, Probe, Probed, Runs, SampleChunk,
-    SeedId, SeedOffer, SeedPart, SeqRuns, SetPart, VmMessage,
+    CheckAsk, CheckOpen, CheckPart, DecodeError, HeatPart, MAX_TOUCHED, PlanOpen, Planned, Probe,
+    Probed, Runs, SampleChunk, SeedId, SeedOffer, SeedPart, SeqRuns, SetPart, VmMessage,
 };
 
 /// Priority of a message on the link, most urgent first.
@@ -187,6 +187,15 @@ pub enum Message {
     },
     /// Source to target, after the switch: what was hot at the source.
     Heat(HeatPart),
+
+    /// Source to target, after a migration: whether the copies are equal; see [`CheckOpen`].
+    CheckOpen(CheckOpen),
+    /// Answer to `CheckOpen`; `Failed` if what the migration moved does not stand there any more.
+    CheckReady,
+    /// Asks for hashes.
+    CheckAsk(CheckAsk),
+    /// Answer to `CheckAsk`.
+    CheckPart(CheckPart),
 }
 
 /// See [`Message::Open`].
@@ -412,6 +421,7 @@ impl Message {
             Self::SeedPart(part) => part.payload.clone(),
             Self::Probe(probe) => probe.payload.clone(),
             Self::Heat(part) => part.payload.clone(),
+            Self::CheckPart(part) => part.payload.clone(),
             Self::Vm(message) => message.payload(),
             _ => Bytes::new(),
         }
@@ -425,6 +435,7 @@ impl Message {
             Self::SeedPart(part) => part.payload = rest,
             Self::Probe(probe) => probe.payload = rest,
             Self::Heat(part) => part.payload = rest,
+            Self::CheckPart(part) => part.payload = rest,
             Self::Vm(message) => return message.set_payload(rest),
             _ => return rest.is_empty(),
         }
@@ -466,6 +477,9 @@ impl Message {
                     })
             }
             Self::Heat(part) => part.is_sound(),
+            Self::CheckOpen(open) => open.is_sound(),
+            Self::CheckAsk(ask) => ask.is_sound(),
+            Self::CheckPart(part) => part.is_sound(),
             _ => true,
         };
         if sound {

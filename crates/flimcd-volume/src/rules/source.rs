@@ -78,6 +78,12 @@ impl Rules {
         self.tracking.as_ref().is_some_and(|t| t.is_dirty(range))
     }
 
+    /// The runs of `range` that are marked.
+    pub fn dirty_in(&self, range: BlockRange) -> Vec<BlockRange> {
+        let dirty = self.tracking.as_ref().map(Tracking::dirty);
+        dirty.map_or_else(Vec::new, |dirty| dirty.runs_in(range).collect())
+    }
+
     /// A copy of the marks.
     #[must_use]
     pub fn dirty(&self) -> BlockSet {

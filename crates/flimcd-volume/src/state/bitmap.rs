@@ -163,6 +163,22 @@ impl BitmapFile {
         Ok(set)
     }
 
+    /// The runs of set bits in `range`.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn runs_in(&self, range: BlockRange) -> Result<Vec<BlockRange>, StateError> {
+        let range = range.intersect(BlockRange::new(0, self.blocks));
+        let first = range.start / 8;
+        let mut bytes = vec![0; to_usize(range.end.div_ceil(8).saturating_sub(first))];
+        self.file
+            .read_exact_at(&mut bytes, HEADER as u64 + first)
+            .map_err(StateError::io("reading", &self.path))?;
+        let mut set = BlockSet::new(self.blocks);
+        add_bits(&mut set, first * 8, &bytes);
+        Ok(set.runs_in(range).collect())
+    }
+
     /// Sets the bits of `range`.
     ///
     /// # Errors

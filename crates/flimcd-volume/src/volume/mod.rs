@@ -4,6 +4,7 @@
 //! below, which block and may be made from any thread. Nothing here knows of links or machines: whoever drives a
 //! migration tells the volume what to do, and hears through a [`VolumeObserver`] when to look.
 
+mod check;
 mod core;
 mod error;
 mod flusher;
