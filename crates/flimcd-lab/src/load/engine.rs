@@ -21,7 +21,7 @@ use super::{
     DiskOp, DiskReply, DiskRequest, GuestDisk, LoadError, LoadOptions, Paused, PlannedOp,
     RequestSource, Resumed,
     inflight::{InFlight, Pending},
-    oracle::Oracle,
+    oracle::{Oracle, States},
     pace::Pacer,
     stats::Recorder,
 };
@@ -265,13 +265,15 @@ impl Engine {
 
     fn next(&mut self) -> Next {
         for index in 0..self.deferred.len() {
-            let plan = self.deferred[index];
+            let plan = &self.deferred[index];
             let is_first = !self
                 .deferred
                 .range(..index)
-                .any(|earlier| earlier.conflicts_with(&plan));
-            if is_first && self.in_flight.admits(&plan) {
-                self.deferred.remove(index);
+                .any(|earlier| earlier.conflicts_with(plan));
+            if is_first
+                && self.in_flight.admits(plan)
+                && let Some(plan) = self.deferred.remove(index)
+            {
                 return Next::Now(plan);
             }
         }
@@ -311,7 +313,7 @@ impl Engine {
     fn submit(&mut self, plan: PlannedOp) -> io::Result<()> {
         let now = self.now();
         let mut data = Vec::new();
-        let mut state = Oracle::zeroed();
+        let mut states = States::ZEROED;
         let granules = {
             let mut shared = lock(&self.shared);
             if matches!(plan.op, DiskOp::Read | DiskOp::Write) {
@@ -319,7 +321,9 @@ impl Engine {
                 data.resize(plan.length as usize, 0);
             }
             if plan.op == DiskOp::Write {
-                state = shared.oracle.make(plan.offset, &mut data);
+                states = shared
+                    .oracle
+                    .make(plan.offset, &mut data, plan.content.as_deref());
             }
             if self.in_flight.is_empty() {
                 shared.recorder.woke(now);
@@ -332,15 +336,15 @@ impl Engine {
             }
             granules
         };
-        let id = self.in_flight.insert(Pending {
-            plan,
-            granules,
-            state,
-            submitted: now,
-        });
         let PlannedOp {
             op, offset, length, ..
         } = plan;
+        let id = self.in_flight.insert(Pending {
+            plan,
+            granules,
+            states,
+            submitted: now,
+        });
         let request = DiskRequest {
             id,
             op,
@@ -359,7 +363,7 @@ impl Engine {
         let Some(Pending {
             plan,
             granules,
-            state,
+            states,
             submitted,
         }) = self.in_flight.remove(reply.id)
         else {
@@ -379,7 +383,9 @@ impl Engine {
                         .completed(plan.op, u64::from(plan.length), latency, now);
                     match plan.op {
                         DiskOp::Read => check(shared, plan.offset, &reply.data, now),
-                        DiskOp::Write | DiskOp::WriteZeroes => shared.oracle.wrote(granules, state),
+                        DiskOp::Write | DiskOp::WriteZeroes => {
+                            shared.oracle.wrote(granules, &states)
+                        }
                         DiskOp::Flush => {}
                     }
                 }
@@ -390,7 +396,7 @@ impl Engine {
                     let what = format!("{op:?} of {length} bytes at byte {offset}: {error}");
                     shared.recorder.failed(&what, now);
                     if matches!(op, DiskOp::Write | DiskOp::WriteZeroes) {
-                        shared.oracle.unanswered(granules, state);
+                        shared.oracle.unanswered(granules, &states);
                     }
                     return;
                 }
@@ -474,12 +480,12 @@ impl Engine {
         for Pending {
             plan,
             granules,
-            state,
+            states,
             ..
         } in pending
         {
             if matches!(plan.op, DiskOp::Write | DiskOp::WriteZeroes) {
-                shared.oracle.unanswered(granules, state);
+                shared.oracle.unanswered(granules, &states);
             }
         }
     }

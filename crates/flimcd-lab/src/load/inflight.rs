@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, ops::Range, time::Duration};
 
-use super::PlannedOp;
+use super::{PlannedOp, oracle::States};
 
 /// A submitted request.
 #[derive(Clone, Debug)]
@@ -10,7 +10,7 @@ pub(super) struct Pending {
     pub(super) plan: PlannedOp,
     pub(super) granules: Range<usize>,
     /// What its granules hold once it is done; meaningless for reads.
-    pub(super) state: u32,
+    pub(super) states: States,
     pub(super) submitted: Duration,
 }
 
@@ -67,6 +67,7 @@ mod tests {
             offset: range.start.into(),
             length: range.end - range.start,
             due: None,
+            content: None,
         }
     }
 
@@ -74,7 +75,7 @@ mod tests {
         Pending {
             plan: plan(op, range),
             granules: 0..0,
-            state: 0,
+            states: States::Same(0),
             submitted: Duration::ZERO,
         }
     }

@@ -20,7 +20,9 @@
 //! disk back; [`LoadHandle::resume_on`] goes on with another disk and says how long the guest
 //! stood still: from its last completed request to its first completed one.
 
+mod arrivals;
 mod baseline;
+pub mod catalog;
 mod disk;
 mod engine;
 mod handle;
@@ -42,5 +44,6 @@ pub use mail::Mail;
 pub use nbd::{NbdDisk, NbdDiskError};
 pub use options::{Duplicates, LoadOptions, Synthetic};
 pub use oracle::{Content, WrongRead};
-pub use source::{PlannedOp, RequestSource};
+pub use source::{PlannedOp, RequestSource, ZERO_CONTENT};
+pub use stamp::{BlockContent, Stamp};
 pub use stats::{Interval, Latency, LoadStats, OpStats};

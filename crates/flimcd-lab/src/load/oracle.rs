@@ -4,12 +4,39 @@ use std::{collections::HashMap, fmt, ops::Range};
 
 use serde::Serialize;
 
-use super::{Baseline, baseline::is_zero, options::LoadOptions, stamp::Stamp};
+use super::{
+    Baseline,
+    baseline::is_zero,
+    options::LoadOptions,
+    stamp::{RECORDED_BYTES, Stamp},
+};
 
 /// State of a granule that nobody wrote.
 const ORIGINAL: u32 = 0;
 /// State of a granule that was zeroed.
 const ZEROED: u32 = u32::MAX;
+/// Set in the state of a granule with recorded content; the rest is the content's number.
+const RECORDED: u32 = 1 << 31;
+
+/// What the granules of a write hold once it is done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum States {
+    /// The same version, or zeroes, in all of them.
+    Same(u32),
+    /// Recorded content, granule by granule.
+    Each(Vec<u32>),
+}
+
+impl States {
+    pub(super) const ZEROED: Self = Self::Same(ZEROED);
+
+    fn of(&self, number: usize) -> u32 {
+        match self {
+            Self::Same(state) => *state,
+            Self::Each(states) => states[number],
+        }
+    }
+}
 
 /// What a granule holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -21,6 +48,8 @@ pub enum Content {
     Zeroes,
     /// A version that the load wrote for this place.
     Version(u32),
+    /// The recorded content with this number.
+    Recorded(u32),
     /// A version that the load wrote for the granule at this offset, somewhere else.
     Misplaced {
         /// Where it belongs.
@@ -40,6 +69,7 @@ impl fmt::Display for Content {
             Self::Original => f.write_str("the original content"),
             Self::Zeroes => f.write_str("zeroes"),
             Self::Version(version) => write!(f, "version {version}"),
+            Self::Recorded(number) => write!(f, "recorded content {number}"),
             Self::Misplaced { offset, version } => {
                 write!(f, "version {version} of the granule at byte {offset}")
             }
@@ -82,7 +112,7 @@ impl fmt::Display for WrongRead {
 pub(super) struct Oracle {
     baseline: Baseline,
     stamp: Stamp,
-    /// [`ORIGINAL`], [`ZEROED`] or the version, by granule.
+    /// [`ORIGINAL`], [`ZEROED`], the version, or [`RECORDED`] and a content's number, by granule.
     states: Vec<u32>,
     /// Granules of which a write was never answered: all states that are possible.
     unsettled: HashMap<usize, Vec<u32>>,
@@ -94,7 +124,7 @@ impl Oracle {
     pub(super) fn new(baseline: Baseline, options: &LoadOptions) -> Self {
         let granules = usize::try_from(baseline.size().div_ceil(u64::from(baseline.granule())));
         Self {
-            stamp: Stamp::new(options.seed, options.compressible_share, options.duplicates),
+            stamp: Stamp::of(options),
             states: vec![ORIGINAL; granules.unwrap_or(usize::MAX)],
             unsettled: HashMap::new(),
             last_version: ORIGINAL,
@@ -121,10 +151,21 @@ impl Oracle {
         index(offset / granule)..index(end.div_ceil(granule))
     }
 
-    /// Makes content for a new write; its version is to be given to `wrote` or `unanswered`.
-    pub(super) fn make(&mut self, offset: u64, data: &mut [u8]) -> u32 {
-        // 4 thousand million versions are 16 TiB of writes; then the oldest come again.
-        self.last_version = if self.last_version + 1 == ZEROED {
+    /// Makes content for a new write, the recorded one if there is one that fits; what it is has to be
+    /// given to `wrote` or `unanswered`.
+    pub(super) fn make(
+        &mut self,
+        offset: u64,
+        data: &mut [u8],
+        recorded: Option<&[u32]>,
+    ) -> States {
+        if let Some(states) =
+            recorded.and_then(|recorded| self.make_recorded(offset, data, recorded))
+        {
+            return states;
+        }
+        // 2 thousand million versions are 8 TiB of writes; then the oldest come again.
+        self.last_version = if self.last_version + 1 == RECORDED {
             1
         } else {
             self.last_version + 1
@@ -135,18 +176,30 @@ impl Oracle {
             self.stamp.fill(at, self.last_version, part);
             at += part.len() as u64;
         }
-        self.last_version
+        States::Same(self.last_version)
     }
 
-    /// The state that zeroing gives.
-    pub(super) const fn zeroed() -> u32 {
-        ZEROED
+    fn make_recorded(&self, offset: u64, data: &mut [u8], recorded: &[u32]) -> Option<States> {
+        let granule = self.granule() as usize;
+        let fits = granule <= RECORDED_BYTES
+            && offset.is_multiple_of(RECORDED_BYTES as u64)
+            && data.len() == recorded.len() * RECORDED_BYTES
+            && recorded.iter().all(|number| *number < RECORDED - 1);
+        if !fits {
+            return None;
+        }
+        let mut states = Vec::with_capacity(data.len() / granule);
+        for (block, number) in data.chunks_mut(RECORDED_BYTES).zip(recorded) {
+            self.stamp.fill_recorded(*number, block);
+            states.resize(states.len() + RECORDED_BYTES / granule, RECORDED | number);
+        }
+        Some(States::Each(states))
     }
 
     /// A write was acknowledged.
-    pub(super) fn wrote(&mut self, granules: Range<usize>, state: u32) {
-        for index in granules {
-            self.states[index] = state;
+    pub(super) fn wrote(&mut self, granules: Range<usize>, states: &States) {
+        for (number, index) in granules.enumerate() {
+            self.states[index] = states.of(number);
             if !self.unsettled.is_empty() {
                 self.unsettled.remove(&index);
             }
@@ -154,13 +207,13 @@ impl Oracle {
     }
 
     /// A write failed or was never answered: old and new are possible.
-    pub(super) fn unanswered(&mut self, granules: Range<usize>, state: u32) {
-        for index in granules {
+    pub(super) fn unanswered(&mut self, granules: Range<usize>, states: &States) {
+        for (number, index) in granules.enumerate() {
             let old = self.states[index];
             self.unsettled
                 .entry(index)
                 .or_insert_with(|| vec![old])
-                .push(state);
+                .push(states.of(number));
         }
     }
 
@@ -214,6 +267,13 @@ impl Oracle {
         match state {
             ORIGINAL => self.baseline.matches(index, data),
             ZEROED => is_zero(data),
+            recorded if recorded & RECORDED != 0 => {
+                let mut block = [0; RECORDED_BYTES];
+                self.stamp.fill_recorded(recorded & !RECORDED, &mut block);
+                // Below a block's length.
+                let at = usize::try_from(offset % RECORDED_BYTES as u64).unwrap_or(0);
+                block.get(at..at + data.len()) == Some(data)
+            }
             version => {
                 let scratch = &mut self.scratch[..data.len()];
                 self.stamp.fill(offset, version, scratch);
@@ -253,6 +313,7 @@ const fn content_of(state: u32) -> Content {
     match state {
         ORIGINAL => Content::Original,
         ZEROED => Content::Zeroes,
+        recorded if recorded & RECORDED != 0 => Content::Recorded(recorded & !RECORDED),
         version => Content::Version(version),
     }
 }
@@ -265,6 +326,14 @@ mod tests {
     fn oracle(original: &[u8]) -> Oracle {
         let baseline = Baseline::of_disk(&mut MemoryDisk::new(original.to_vec()), 4096).unwrap();
         Oracle::new(baseline, &LoadOptions::default())
+    }
+
+    /// Makes content and says its version.
+    fn made(oracle: &mut Oracle, offset: u64, data: &mut [u8]) -> u32 {
+        match oracle.make(offset, data, None) {
+            States::Same(version) => version,
+            States::Each(_) => unreachable!("nothing was recorded"),
+        }
     }
 
     fn check(oracle: &mut Oracle, offset: u64, data: &[u8]) -> Option<(u64, Content, Content)> {
@@ -282,11 +351,11 @@ mod tests {
         assert_eq!(check(&mut oracle, 0, &original), None);
 
         let mut first = vec![0; 4096];
-        let one = oracle.make(4096, &mut first);
-        oracle.wrote(1..2, one);
+        let one = made(&mut oracle, 4096, &mut first);
+        oracle.wrote(1..2, &States::Same(one));
         let mut second = vec![0; 4096];
-        let two = oracle.make(4096, &mut second);
-        oracle.wrote(1..2, two);
+        let two = made(&mut oracle, 4096, &mut second);
+        oracle.wrote(1..2, &States::Same(two));
         assert_eq!(check(&mut oracle, 4096, &second), None);
 
         let found = |oracle: &mut Oracle, data: &[u8]| check(oracle, 4096, data).unwrap().2;
@@ -312,8 +381,8 @@ mod tests {
         let original = [7; 2 * 4096];
         let mut oracle = oracle(&original);
         let mut new = vec![0; 4096];
-        let version = oracle.make(0, &mut new);
-        oracle.unanswered(0..1, version);
+        let version = made(&mut oracle, 0, &mut new);
+        oracle.unanswered(0..1, &States::Same(version));
         assert_eq!(oracle.unsettled(), 1);
         // Neither old nor new.
         assert!(check(&mut oracle, 0, &[1; 4096]).is_some());
@@ -327,13 +396,37 @@ mod tests {
     fn zeroes_and_short_last_granules_are_checked() {
         let original = vec![3; 4096 + 10];
         let mut oracle = oracle(&original);
-        oracle.wrote(0..1, Oracle::zeroed());
+        oracle.wrote(0..1, &States::ZEROED);
         assert_eq!(check(&mut oracle, 0, &[0; 4096]), None);
         let mut tail = [0; 10];
-        let version = oracle.make(4096, &mut tail);
-        oracle.wrote(1..2, version);
+        let version = made(&mut oracle, 4096, &mut tail);
+        oracle.wrote(1..2, &States::Same(version));
         assert_eq!(check(&mut oracle, 4096, &tail), None);
         tail[9] ^= 1;
         assert!(check(&mut oracle, 4096, &tail).is_some());
+    }
+
+    #[test]
+    fn recorded_content_is_the_same_anywhere_and_checked_in_any_granule() {
+        for granule in [512, 4096] {
+            let mut disk = MemoryDisk::new(vec![7; 5 * 4096]);
+            let baseline = Baseline::of_disk(&mut disk, granule).unwrap();
+            let mut oracle = Oracle::new(baseline, &LoadOptions::default());
+            let per_block = 4096 / granule as usize;
+            let mut data = vec![1; 3 * 4096];
+            let states = oracle.make(4096, &mut data, Some(&[5, 0, 5]));
+            oracle.wrote(per_block..4 * per_block, &states);
+            assert_eq!(data[..4096], data[8192..]);
+            assert!(is_zero(&data[4096..8192]) && !is_zero(&data[..512]));
+            assert_eq!(check(&mut oracle, 4096, &data), None);
+            data[4096 + 700] = 1;
+            let wrong = check(&mut oracle, 4096, &data).unwrap();
+            assert_eq!(wrong.1, Content::Recorded(0));
+            // What does not fit is made as if nothing had been recorded.
+            let mut short = vec![0; 512.max(granule as usize)];
+            let number: &[u32] = if granule == 512 { &[5] } else { &[5, 6] };
+            let states = oracle.make(0, &mut short, Some(number));
+            assert!(matches!(states, States::Same(_)));
+        }
     }
 }

@@ -1,7 +1,6 @@
-//! Where requests come from: made up with stated parameters, or a recorded trace
-//!.
+//! Where requests come from: made up with stated parameters, or a recorded trace.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use flimcd_core::CHUNK_SIZE;
 
@@ -12,7 +11,7 @@ use crate::rng::Rng;
 const EXTENT_BYTES: u64 = 4 << 20;
 
 /// A request that is to be made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PlannedOp {
     /// What to do.
     pub op: DiskOp,
@@ -22,7 +21,15 @@ pub struct PlannedOp {
     pub length: u32,
     /// Not before the load has been running for this long (pauses do not count).
     pub due: Option<Duration>,
+    /// What a write writes, where that was recorded: a number for each block of 4 KiB. Blocks with the
+    /// same number have the same bytes anywhere; [`ZERO_CONTENT`] is zeroes. All are below 2^31 - 1. Used
+    /// where offset and length are multiples of 4 KiB and the granule is no longer than that;
+    /// otherwise, and when it is `None`, the load makes the content.
+    pub content: Option<Arc<[u32]>>,
 }
+
+/// Number of the recorded content that is all zeroes.
+pub const ZERO_CONTENT: u32 = 0;
 
 impl PlannedOp {
     /// A flush as soon as possible.
@@ -31,6 +38,7 @@ impl PlannedOp {
         offset: 0,
         length: 0,
         due: None,
+        content: None,
     };
 
     /// Whether the requests share a byte and their order matters.
@@ -149,6 +157,7 @@ impl RequestSource for SyntheticSource {
             offset,
             length,
             due: None,
+            content: None,
         })
     }
 }

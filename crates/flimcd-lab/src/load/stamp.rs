@@ -12,7 +12,10 @@
 //! With [`Duplicates`] some granules have one of a few contents instead, without a mark: the same bytes
 //! wherever they are written.
 
-use super::options::Duplicates;
+use super::{
+    options::{Duplicates, LoadOptions},
+    source::ZERO_CONTENT,
+};
 use crate::{
     content::{fill_noise, fill_text},
     rng::{mix, mix3, unit},
@@ -20,14 +23,17 @@ use crate::{
 
 const MAGIC: &[u8; 8] = b"FLIMLOAD";
 const MARK_BYTES: usize = 24;
+/// Unit of recorded content.
+pub(super) const RECORDED_BYTES: usize = 4096;
+/// Distinguishes recorded contents from others.
+const RECORDED_SALT: u64 = 0x7265_636f_7264_6564;
 /// Distinguishes the draws that decide about duplicates from those of content.
 const DUPLICATE_SALT: u64 = 0x6475_706c_6963_6174;
 
 impl Duplicates {
     /// Fills `out` with content number `number` of a load of this seed.
     pub fn fill(&self, load_seed: u64, number: u64, compressible_share: f64, out: &mut [u8]) {
-        let content = mix3(load_seed, number, DUPLICATE_SALT);
-        fill_by_share(content, compressible_share, out);
+        fill_by_share(repeated_seed(load_seed, number), compressible_share, out);
     }
 
     /// Which content a granule gets: none, if it is to be new. Content `n` is drawn with a probability
@@ -49,38 +55,114 @@ impl Duplicates {
     }
 }
 
+const fn repeated_seed(load_seed: u64, number: u64) -> u64 {
+    mix3(load_seed, number, DUPLICATE_SALT)
+}
+
+fn is_text(content: u64, compressible_share: f64) -> bool {
+    unit(content.rotate_left(17)) < compressible_share
+}
+
 fn fill_by_share(content: u64, compressible_share: f64, out: &mut [u8]) {
-    if unit(content.rotate_left(17)) < compressible_share {
+    if is_text(content, compressible_share) {
         fill_text(content, out);
     } else {
         fill_noise(content, out);
     }
 }
 
-/// Makes the content of granules.
+/// What a load writes into one granule, without its bytes: equal values have equal bytes if they are of
+/// loads with the same seed and options, others hardly ever.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum BlockContent {
+    /// Zeroes.
+    Zero,
+    /// This version of this place, and nothing else.
+    New {
+        /// Byte offset of the granule.
+        offset: u64,
+        /// Number of the write.
+        version: u32,
+    },
+    /// One of the contents of [`Duplicates`].
+    Repeated(u64),
+    /// A recorded content.
+    Recorded(u32),
+}
+
+/// Makes the content of granules. The content of a write is a function of seed, place and version
+/// (the number of the write among all of the load, from 1), or of the recorded content's number.
 #[derive(Clone, Debug)]
-pub(super) struct Stamp {
+pub struct Stamp {
     seed: u64,
     compressible_share: f64,
     duplicates: Option<Duplicates>,
 }
 
 impl Stamp {
-    pub(super) const fn new(
-        seed: u64,
-        compressible_share: f64,
-        duplicates: Option<Duplicates>,
-    ) -> Self {
+    /// That of a load with these options.
+    #[must_use]
+    pub const fn of(options: &LoadOptions) -> Self {
         Self {
-            seed,
-            compressible_share,
-            duplicates,
+            seed: options.seed,
+            compressible_share: options.compressible_share,
+            duplicates: options.duplicates,
+        }
+    }
+
+    /// What version `version` of the granule at `offset` is. A simulation that has no bytes can keep this
+    /// for each block instead.
+    #[must_use]
+    pub fn content(&self, offset: u64, version: u32) -> BlockContent {
+        let content = self.mixed(offset, version);
+        let repeated = self.duplicates.and_then(|some| some.draw(content));
+        repeated.map_or(
+            BlockContent::New { offset, version },
+            BlockContent::Repeated,
+        )
+    }
+
+    /// What the recorded content of this number is.
+    #[must_use]
+    pub const fn recorded(number: u32) -> BlockContent {
+        match number {
+            ZERO_CONTENT => BlockContent::Zero,
+            number => BlockContent::Recorded(number),
+        }
+    }
+
+    /// Whether the bytes of this content compress (about 2.5 times in runs).
+    #[must_use]
+    pub fn is_compressible(&self, content: BlockContent) -> bool {
+        let seed = match content {
+            BlockContent::Zero => return true,
+            BlockContent::New { offset, version } => self.mixed(offset, version),
+            BlockContent::Repeated(number) => repeated_seed(self.seed, number),
+            BlockContent::Recorded(number) => self.recorded_seed(number),
+        };
+        is_text(seed, self.compressible_share)
+    }
+
+    fn mixed(&self, offset: u64, version: u32) -> u64 {
+        mix3(self.seed, offset, u64::from(version))
+    }
+
+    fn recorded_seed(&self, number: u32) -> u64 {
+        mix3(self.seed, u64::from(number), RECORDED_SALT)
+    }
+
+    /// Fills a block of [`RECORDED_BYTES`] with a recorded content.
+    pub(super) fn fill_recorded(&self, number: u32, out: &mut [u8]) {
+        if number == ZERO_CONTENT {
+            out.fill(0);
+        } else {
+            fill_by_share(self.recorded_seed(number), self.compressible_share, out);
         }
     }
 
     /// Fills `out` with version `version` of the granule at `offset`.
     pub(super) fn fill(&self, offset: u64, version: u32, out: &mut [u8]) {
-        let content = mix3(self.seed, offset, u64::from(version));
+        let content = self.mixed(offset, version);
         if let Some(duplicates) = &self.duplicates
             && let Some(number) = duplicates.draw(content)
         {
@@ -125,7 +207,11 @@ mod tests {
             share: 0.88,
             contents: 500,
         };
-        let stamp = Stamp::new(9, 0.5, Some(duplicates));
+        let stamp = Stamp::of(&LoadOptions {
+            seed: 9,
+            duplicates: Some(duplicates),
+            ..LoadOptions::default()
+        });
         let mut seen = HashMap::new();
         let count: u32 = 10_000;
         for i in 0..count {

@@ -116,6 +116,7 @@ impl RequestSource for Replay {
                 offset,
                 length,
                 due,
+                content: None,
             });
         }
         let every = self.options.flush_every_writes;

@@ -294,6 +294,7 @@ impl RequestSource for Hammer {
             offset,
             length: 1024,
             due: None,
+            content: None,
         })
     }
 }

@@ -1,0 +1,172 @@
+//! Loads by name, with times: each is an open load at its own rate, so that a slow disk makes requests late
+//! and never fewer. What each of them is made of, and where its figures come from, is in `docs/loads.md`.
+
+use super::{
+    Duplicates, LoadOptions, Mail, RequestSource, Synthetic, arrivals::Paced,
+    source::SyntheticSource,
+};
+
+/// Names that [`by_name`] knows. The last stands for a trace: `trace:` and the path of a file.
+pub const NAMES: [&str; 9] = [
+    "mail",
+    "homes",
+    "web-vm",
+    "iometer-database",
+    "iometer-fileserver",
+    "iometer-webserver",
+    "iometer-workstation",
+    "random",
+    "trace:FILE",
+];
+
+/// Bytes of the smallest disk that these loads are for.
+pub const MIN_BYTES: u64 = 16 << 20;
+
+/// Requests per second of `random`.
+const RANDOM_RATE: f64 = 200.0;
+/// Requests per second of `mail`.
+const MAIL_RATE: f64 = 600.0;
+
+/// A load on a disk of some size, ready to run.
+pub struct Workload {
+    /// As it was asked for.
+    pub name: String,
+    /// The requests. All have times.
+    pub requests: Box<dyn RequestSource>,
+    /// What is written, and how many requests wait at most.
+    pub options: LoadOptions,
+    /// What the disk holds before.
+    pub image: ImageProfile,
+    /// Every offset and length is a multiple of so many bytes: the granule to survey the image with.
+    pub granule: u32,
+    /// Its parameters in words.
+    pub describe: String,
+}
+
+impl std::fmt::Debug for Workload {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Workload")
+            .field("name", &self.name)
+            .field("options", &self.options)
+            .field("image", &self.image)
+            .field("granule", &self.granule)
+            .field("describe", &self.describe)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a disk holds before the load: an assumption of each load.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ImageProfile {
+    /// Share of the disk that is not zeroes.
+    pub data_share: f64,
+    /// Share of that which compresses (about 2.5 times); the rest is noise.
+    pub compressible_share: f64,
+}
+
+/// Why there is no such load.
+#[derive(Debug, thiserror::Error)]
+pub enum UnknownLoad {
+    /// Nobody knows the name.
+    #[error("there is no load {name:?}; choose one of {}", NAMES.join(", "))]
+    Name {
+        /// What was asked for.
+        name: String,
+    },
+    /// The speed is no speed.
+    #[error("a load cannot run {speed} times as fast; give a number above 0")]
+    Speed {
+        /// What was asked for.
+        speed: f64,
+    },
+    /// The disk is too small for it.
+    #[error(
+        "a disk of {size_bytes} bytes is too small for the load {name:?}; it needs {MIN_BYTES}"
+    )]
+    Size {
+        /// What was asked for.
+        name: String,
+        /// Of the disk.
+        size_bytes: u64,
+    },
+}
+
+/// The load of this name on a disk of `size_bytes`, `speed` times as fast as it says. The stream of requests
+/// and their times depend on name, size, seed and speed alone.
+///
+/// # Errors
+/// [`UnknownLoad`].
+pub fn by_name(
+    name: &str,
+    size_bytes: u64,
+    seed: u64,
+    speed: f64,
+) -> Result<Workload, UnknownLoad> {
+    if !(speed.is_finite() && speed > 0.0) {
+        return Err(UnknownLoad::Speed { speed });
+    }
+    if size_bytes < MIN_BYTES {
+        let name = name.to_owned();
+        return Err(UnknownLoad::Size { name, size_bytes });
+    }
+    let load = match name {
+        "random" => random(size_bytes, seed, speed),
+        "mail" => mail(size_bytes, seed, speed),
+        _ => {
+            return Err(UnknownLoad::Name {
+                name: name.to_owned(),
+            });
+        }
+    };
+    Ok(Workload {
+        name: name.to_owned(),
+        ..load
+    })
+}
+
+fn random(size_bytes: u64, seed: u64, speed: f64) -> Workload {
+    let requests = Synthetic::default();
+    let describe = format!(
+        "{:.0} requests of 4 KiB per second, {:.0}% reads, Zipf {} by chunk of 64 KiB over {:.0}% of the disk",
+        RANDOM_RATE * speed,
+        requests.read_share * 100.0,
+        requests.zipf_exponent,
+        requests.working_set_share * 100.0,
+    );
+    let source = SyntheticSource::new(requests, size_bytes, seed);
+    Workload {
+        name: String::new(),
+        requests: Box::new(Paced::new(source, RANDOM_RATE * speed, seed)),
+        options: LoadOptions {
+            seed,
+            ..LoadOptions::default()
+        },
+        image: ImageProfile {
+            data_share: 0.5,
+            compressible_share: 0.5,
+        },
+        granule: 4096,
+        describe,
+    }
+}
+
+fn mail(size_bytes: u64, seed: u64, speed: f64) -> Workload {
+    let Mail { requests, options } = Mail::new(size_bytes, seed, 0);
+    let duplicates: Option<Duplicates> = options.duplicates;
+    let source = SyntheticSource::new(requests, size_bytes, seed);
+    Workload {
+        name: String::new(),
+        requests: Box::new(Paced::new(source, MAIL_RATE * speed, seed)),
+        options: LoadOptions {
+            seed,
+            duplicates,
+            ..LoadOptions::default()
+        },
+        image: ImageProfile {
+            data_share: 0.6,
+            compressible_share: 0.5,
+        },
+        granule: 4096,
+        describe: "mail".to_owned(),
+    }
+}
