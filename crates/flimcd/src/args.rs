@@ -7,6 +7,7 @@ use clap_complete::Shell;
 use flimcd_agent::api::Strategy;
 use flimcd_core::{SiteName, VolumeName};
 
+pub(crate) use crate::commands::heat::HeatArgs;
 pub(crate) use crate::commands::vm::VmArgs;
 pub(crate) use crate::demo::args::DemoArgs;
 use crate::units::{parse_rate, parse_seeds, parse_size};
@@ -52,6 +53,8 @@ pub(crate) enum Command {
     Library(LibraryArgs),
     /// Copies that stayed here of volumes that have moved away
     Replica(ReplicaArgs),
+    /// Show what is hot in a volume, as numbers and as a picture
+    Heat(HeatArgs),
     /// Print the socket that a guest finds a volume at
     Export(ExportArgs),
     /// Say what moving volumes to another site would cost; nothing moves

@@ -44,6 +44,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Vm(args) => commands::block_on(commands::vm::run(&args)),
         Command::Replica(args) => commands::block_on(commands::replica::run(&args)),
         Command::Library(args) => commands::block_on(commands::library::run(&args)),
+        Command::Heat(args) => commands::block_on(commands::heat::run(&args)),
         Command::Export(args) => commands::block_on(commands::volume::export(&args)),
         Command::Plan(args) => commands::block_on(commands::plan::run(&args)),
         Command::Migrate(args) => commands::block_on(commands::migrate::run(&args)),

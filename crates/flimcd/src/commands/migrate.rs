@@ -128,6 +128,9 @@ fn finish(json: bool, status: &MigrationStatus, cancelled: bool) -> anyhow::Resu
         Phase::Completed => {
             if !json {
                 println!("{}", summary(status));
+                if let Some(line) = super::predicted::line(status) {
+                    println!("{line}");
+                }
                 if let Some(table) = plan::beside(status) {
                     print!("{table}");
                 }

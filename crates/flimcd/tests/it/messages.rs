@@ -18,6 +18,7 @@ const COMMANDS: &[&[&str]] = &[
     &["volume", "show"],
     &["volume", "remove"],
     &["export"],
+    &["heat"],
     &["migrate"],
     &["switchover"],
     &["cancel"],
