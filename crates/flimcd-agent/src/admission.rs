@@ -18,8 +18,8 @@ use flimcd_core::{Epoch, InvalidSize, MigrationId, SiteName, VolumeLayout};
 use flimcd_migrate::{TargetConfig, TargetStart};
 use flimcd_volume::Ownership;
 use flimcd_wire::{
-    Accept, Base, ErrorCode, Message, Open, PlanOpen, SeqRuns, SourceStage, TargetStage, VmOpen,
-    WireError,
+    Accept, Base, CheckOpen, ErrorCode, Message, Open, PlanOpen, SeqRuns, SourceStage, TargetStage,
+    VmOpen, WireError,
 };
 use std::sync::Arc;
 
@@ -76,6 +76,17 @@ impl Admit for Agent {
     ) {
         let (agent, link) = (self.clone(), link.clone());
         self.spawn(agent.answer_plan(link, id, open, inbox));
+    }
+
+    fn admit_check(
+        self: Arc<Self>,
+        link: &Arc<PeerLink>,
+        id: MigrationId,
+        open: CheckOpen,
+        inbox: Inbox,
+    ) {
+        let (agent, link) = (self.clone(), link.clone());
+        self.spawn(agent.answer_check(link, id, open, inbox));
     }
 
     fn cancel_switch(self: Arc<Self>, link: &Arc<PeerLink>, id: MigrationId, epoch: Epoch) {

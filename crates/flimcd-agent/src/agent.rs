@@ -26,6 +26,7 @@ use tokio::{
 use crate::{
     Config,
     api::{LinkStatus, MigrationStatus, Status, server},
+    check::Checks,
     dirs::{self, ApiSocket, StateLock},
     error::StartError,
     hosting::{Hosting, ImageLocks},
@@ -54,6 +55,7 @@ pub(crate) struct Agent {
     pub(crate) registry: Registry,
     pub(crate) library: Arc<Library>,
     pub(crate) plans: Plans,
+    pub(crate) checks: Checks,
     /// Those who move machines, and wait for what happens to their disks.
     pub(crate) sessions: Arc<Sessions>,
     endpoint: Endpoint,
@@ -229,6 +231,7 @@ pub async fn start(config: Config) -> Result<RunningAgent, StartError> {
         registry: Registry::default(),
         library: Arc::new(library),
         plans: Plans::default(),
+        checks: Checks::default(),
         sessions: Arc::default(),
         endpoint,
         dialled: Mutex::default(),

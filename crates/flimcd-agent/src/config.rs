@@ -72,12 +72,19 @@ pub struct Config {
     /// How machines that arrive are started.
     #[serde(default, rename = "machine")]
     pub machines: Vec<Machine>,
+    /// Whether, after a migration, the copy that stays here is compared with what arrived; yes if left out.
+    #[serde(default = "yes")]
+    pub check: bool,
     /// Bounds on what the agent takes.
     #[serde(default)]
     pub limits: Limits,
     /// What is logged and how.
     #[serde(default)]
     pub log: Log,
+}
+
+const fn yes() -> bool {
+    true
 }
 
 /// Files of the agent's identity, PEM.

@@ -19,6 +19,7 @@
 mod admission;
 mod agent;
 pub mod api;
+mod check;
 pub mod config;
 mod dirs;
 mod error;

@@ -11,7 +11,7 @@
 
 use flimcd_core::{Epoch, MigrationId, SiteName};
 use flimcd_link::{Credit, LinkEvent, LinkHandle};
-use flimcd_wire::{Class, Frame, Message, Open, PlanOpen, VmMessage, VmOpen};
+use flimcd_wire::{CheckOpen, Class, Frame, Message, Open, PlanOpen, VmMessage, VmOpen};
 use std::{
     collections::{HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -48,6 +48,15 @@ pub(crate) trait Admit: Send + Sync + 'static {
         link: &Arc<PeerLink>,
         id: MigrationId,
         open: PlanOpen,
+        inbox: Inbox,
+    );
+
+    /// A peer wants to know whether copies are equal. The inbox is registered already.
+    fn admit_check(
+        self: Arc<Self>,
+        link: &Arc<PeerLink>,
+        id: MigrationId,
+        open: CheckOpen,
         inbox: Inbox,
     );
 
@@ -199,6 +208,11 @@ impl PeerLink {
                 let inbox = routes.register(id);
                 drop(routes);
                 admit.clone().admit_plan(self, id, open, inbox);
+            }
+            Message::CheckOpen(open) => {
+                let inbox = routes.register(id);
+                drop(routes);
+                admit.clone().admit_check(self, id, open, inbox);
             }
             Message::CancelSwitch { epoch } => {
                 drop(routes);

@@ -131,6 +131,21 @@ impl Registry {
         }
     }
 
+    /// Changes the record of an ended migration; the record as it is then.
+    pub(crate) fn change_ended(
+        &self,
+        id: MigrationId,
+        change: impl FnOnce(&mut MigrationRecord),
+    ) -> Option<MigrationRecord> {
+        match self.known().get_mut(&id) {
+            Some(Known::Ended(record)) => {
+                change(record);
+                Some((**record).clone())
+            }
+            _ => None,
+        }
+    }
+
     /// Ended migrations that a peer has still to be told of.
     pub(crate) fn farewells(&self, peer: &SiteName) -> Vec<MigrationRecord> {
         let known = self.known();

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use crate::{
     agent::Agent,
     api::{ErrorBody, Phase, RemovedVolume, Role},
+    check::found_difference,
     hosting::{Hosted, allocated},
     migration::store::MigrationRecord,
 };
@@ -43,6 +44,7 @@ impl Agent {
         let keep =
             (record.request.as_ref()).is_none_or(|request| request.keep_replica != Some(false));
         if keep {
+            self.check_in_background(record);
             return self.make_room_among_replicas().await;
         }
         for moved in &record.volumes {
@@ -66,15 +68,21 @@ impl Agent {
         self.remove_volume(name, !keep_image, true).await
     }
 
+    /// Whether an end check found that this copy is not what stands at the target: somebody has to look first.
+    fn differs(&self, copy: &VolumeRecord) -> bool {
+        let migration = copy.last_migration.and_then(|id| self.registry.status(id));
+        migration.is_some_and(|status| found_difference(&status))
+    }
+
     /// Drops the oldest copies while all of them take more room than `limits.replicas` allows. Those whose image was
-    /// imported neither count nor go: their files would stay.
+    /// imported neither count nor go: their files would stay. Nor do those that an end check found to differ.
     async fn make_room_among_replicas(self: &Arc<Self>) {
         let Some(limit) = self.config.limits.replicas else {
             return;
         };
         let mut copies: Vec<_> = (self.hosting.all().iter())
             .map(|hosted| hosted.record())
-            .filter(|record| record.is_replica() && !record.imported)
+            .filter(|record| record.is_replica() && !record.imported && !self.differs(record))
             .map(|record| (since(&record), allocated(&record.image), record.name))
             .collect();
         copies.sort();

@@ -65,6 +65,8 @@ pub(crate) enum Command {
     Switchover(OneVolumeArgs),
     /// End a volume's migration before the switch; the guest never notices
     Cancel(OneVolumeArgs),
+    /// Compare the copy that a migration left here with what arrived
+    Check(crate::commands::check::CheckArgs),
     /// Show an agent's links, volumes and migrations
     Status(StatusArgs),
     /// Run whole simulated migrations with faults, and check them
@@ -448,6 +450,9 @@ pub(crate) struct MigrateArgs {
     /// Keep the copy that is here when the volume has moved, so that a way back costs what changed; kept if left out
     #[arg(long, value_name = "BOOL")]
     pub(crate) keep_replica: Option<bool>,
+    /// Do not compare that copy with what arrived, in the background, when everything is there
+    #[arg(long)]
+    pub(crate) no_check: bool,
     /// Stay, show progress, and end with the migration's outcome
     #[arg(long)]
     pub(crate) wait: bool,

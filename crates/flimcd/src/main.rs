@@ -50,6 +50,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Migrate(args) => commands::block_on(commands::migrate::run(&args)),
         Command::Switchover(args) => commands::block_on(commands::migrate::switchover(&args)),
         Command::Cancel(args) => commands::block_on(commands::migrate::cancel(&args)),
+        Command::Check(args) => commands::block_on(commands::check::run(&args)),
         Command::Status(args) => commands::block_on(commands::status::run(&args)),
         Command::Sim(args) => commands::sim::run_seeds(&args),
         Command::Bench(args) => commands::bench::run(&args),

@@ -256,6 +256,15 @@ impl Client {
         self.get(&format!("/v1/migrations/{id}")).await
     }
 
+    /// Compares the copy that a completed migration left here with what arrived, once more if need be. Answered at once;
+    /// [`migration`](Self::migration) says what comes of it.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn check(&self, id: MigrationId) -> Result<MigrationStatus, ClientError> {
+        self.post(&format!("/v1/migrations/{id}/check"), &()).await
+    }
+
     /// All machines under care.
     ///
     /// # Errors

@@ -1,5 +1,6 @@
 //! The agent's HTTP/JSON API over a unix socket: its types, and the client that the command line uses.
 
+pub mod check;
 pub mod client;
 pub mod heat;
 mod heat_server;
@@ -11,6 +12,7 @@ pub mod vm;
 pub mod vm_move;
 mod vm_server;
 
+pub use check::*;
 pub use client::{Client, ClientError};
 pub use heat::*;
 pub use plan::*;

@@ -80,6 +80,7 @@ pub fn openapi_json() -> String {
         migrations,
         migrate_together,
         migration,
+        check,
         heat_server::heat,
         vm_server::vms,
         vm_server::adopt_vm,
@@ -122,6 +123,7 @@ pub(crate) fn router(agent: Arc<Agent>) -> Router {
         )
         .route("/v1/library/{name}/verify", post(verify_library_image))
         .route("/v1/migrations/{id}", get(migration))
+        .route("/v1/migrations/{id}/check", post(check))
         .merge(heat_server::routes())
         .merge(plan_server::routes())
         .merge(vm_server::routes())
@@ -340,6 +342,19 @@ async fn migrate_together(State(agent): App, bytes: Bytes) -> Answer<MigrationSt
 async fn migration(State(agent): App, Path(id): Path<String>) -> Answer<MigrationStatus> {
     let id: MigrationId = parse(&id)?;
     answer(agent.migration(id))
+}
+
+/// Compares the copy that a completed migration left here with what arrived. Answered at once.
+#[utoipa::path(
+    post, path = "/v1/migrations/{id}/check", params(("id" = String, Path)),
+    responses(
+        (status = 200, body = MigrationStatus), (status = 400, body = ErrorBody),
+        (status = 404, body = ErrorBody), (status = 409, body = ErrorBody)
+    )
+)]
+async fn check(State(agent): App, Path(id): Path<String>) -> Answer<MigrationStatus> {
+    let id: MigrationId = parse(&id)?;
+    answer(agent.begin_check(id))
 }
 
 /// All images of the library.

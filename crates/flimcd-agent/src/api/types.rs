@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use std::{fmt, path::PathBuf, str::FromStr};
 use utoipa::ToSchema;
 
-use super::{Planned, Predicted};
+use super::{CheckStatus, Planned, Predicted};
 
 /// `GET /v1/status`: the agent and everything it has at hand.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -323,6 +323,10 @@ pub struct MigrateRequest {
     /// Otherwise the volume is removed there, with its image unless that was imported.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub keep_replica: Option<bool>,
+    /// Whether the copy that stays is compared with what arrived, in the background, when everything is there; as the
+    /// configuration says if left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub check: Option<bool>,
 }
 
 /// `POST /v1/migrations`: moves several volumes together, with one switch for all of them. Answered as
@@ -464,6 +468,9 @@ pub struct MigrationStatus {
     /// What was expected of the time after the switch when it was made; only the source knows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub predicted: Option<Predicted>,
+    /// Whether the copies at source and target are equal, once that is looked at; only the source knows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub check: Option<CheckStatus>,
 }
 
 impl MigrationStatus {

@@ -64,6 +64,7 @@ pub(crate) fn fresh_status(
         notes: Vec::new(),
         planned: None,
         predicted: None,
+        check: None,
     }
 }
 

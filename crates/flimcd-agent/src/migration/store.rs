@@ -11,6 +11,7 @@ use std::{collections::BTreeMap, fs, io, path::PathBuf};
 
 use crate::{
     api::{MigrateRequest, MigrationStatus, Role},
+    check::found_difference,
     records::{self, Record},
 };
 
@@ -131,7 +132,7 @@ impl Store {
 }
 
 /// Ended migrations that are too many for their volumes, oldest first. Those that the target has
-/// still to be told of are never among them.
+/// still to be told of are never among them, nor those whose copies differ.
 pub(crate) fn surplus<'a>(ended: impl Iterator<Item = &'a MigrationRecord>) -> Vec<MigrationId> {
     let mut by_volumes: BTreeMap<&[VolumeName], Vec<&MigrationRecord>> = BTreeMap::new();
     for record in ended {
@@ -144,7 +145,7 @@ pub(crate) fn surplus<'a>(ended: impl Iterator<Item = &'a MigrationRecord>) -> V
         let many = records.len().saturating_sub(KEPT_PER_VOLUME);
         let old = records[..many].iter();
         surplus.extend(
-            old.filter(|record| !record.farewell_due)
+            old.filter(|record| !record.farewell_due && !found_difference(&record.status))
                 .map(|record| record.id),
         );
     }

@@ -6,6 +6,7 @@
 )]
 
 mod api;
+mod check;
 mod crash;
 mod cuts;
 mod disks;

@@ -237,6 +237,7 @@ pub(crate) fn to_beta(strategy: Strategy, switchover: Switchover) -> MigrateRequ
         compress: None,
         library: None,
         keep_replica: None,
+        check: None,
     }
 }
 

@@ -30,6 +30,7 @@ pub(crate) async fn run(args: &MigrateArgs) -> anyhow::Result<ExitCode> {
         compress: args.compress,
         library: args.library,
         keep_replica: args.keep_replica,
+        check: args.no_check.then_some(false),
     };
     let status = client.migrate(&args.volume, &request).await?;
     if args.wait {
@@ -37,8 +38,15 @@ pub(crate) async fn run(args: &MigrateArgs) -> anyhow::Result<ExitCode> {
             id: status.id,
             volume: args.volume.clone(),
         };
-        return match Follow::new(client, what, status, args.json).run().await? {
-            End::Ended { status, cancelled } => finish(args.json, &status, cancelled),
+        let follow = Follow::new(client.clone(), what, status, args.json);
+        return match follow.run().await? {
+            End::Ended { status, cancelled } => {
+                let code = finish(args.json, &status, cancelled)?;
+                if status.phase == Phase::Completed {
+                    return super::check::after(&client, status, args.json).await;
+                }
+                Ok(code)
+            }
             End::Left => Ok(interrupted()),
         };
     }

@@ -4,6 +4,7 @@ pub(crate) mod agent;
 pub(crate) mod bench;
 pub(crate) mod bench_content;
 pub(crate) mod bench_vm;
+pub(crate) mod check;
 pub(crate) mod follow;
 pub(crate) mod heat;
 pub(crate) mod library;

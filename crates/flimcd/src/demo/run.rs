@@ -141,6 +141,7 @@ impl Run<'_> {
             compress: Some(compress),
             library: Some(self.strategy.uses_base()),
             keep_replica: None,
+            check: None,
         };
         let mut progress = Progress::new(format!("{:>12}", self.strategy.name()));
         let bytes_before = world.wan.bytes().both();

@@ -10,7 +10,7 @@ use std::{
 
 use flimcd_core::{Epoch, MigrationId};
 use flimcd_link::{Endpoint, LinkConfig, LinkHandle, TlsIdentity, pki};
-use flimcd_wire::{Message, Open, PlanOpen, VmMessage, VmOpen};
+use flimcd_wire::{CheckOpen, Message, Open, PlanOpen, VmMessage, VmOpen};
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -31,6 +31,7 @@ impl Admit for NoAdmission {
     fn admit(self: Arc<Self>, _: &Arc<PeerLink>, _: MigrationId, _: Open, _: Inbox) {}
     fn admit_vm(self: Arc<Self>, _: &Arc<PeerLink>, _: MigrationId, _: VmOpen, _: Inbox) {}
     fn admit_plan(self: Arc<Self>, _: &Arc<PeerLink>, _: MigrationId, _: PlanOpen, _: Inbox) {}
+    fn admit_check(self: Arc<Self>, _: &Arc<PeerLink>, _: MigrationId, _: CheckOpen, _: Inbox) {}
     fn cancel_switch(self: Arc<Self>, _: &Arc<PeerLink>, _: MigrationId, _: Epoch) {}
     fn peer_is_up(self: Arc<Self>, _: &Arc<PeerLink>) {}
 }

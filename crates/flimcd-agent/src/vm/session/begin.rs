@@ -74,6 +74,7 @@ impl Agent {
             compress: None,
             library: None,
             keep_replica: None,
+            check: None,
         };
         if let Err(error) = self.begin_migration(volumes, disks, Some(record.id)).await {
             let (store, id) = (self.moves_store.clone(), record.id);
