@@ -12,17 +12,23 @@
 //! With [`Duplicates`] some granules have one of a few contents instead, without a mark: the same bytes
 //! wherever they are written.
 
+use std::{fs::File, io, os::unix::fs::FileExt as _, path::Path};
+
+use flimcd_core::BLOCK_SIZE;
+
 use super::{
     options::{Duplicates, LoadOptions},
     source::ZERO_CONTENT,
 };
 use crate::{
     content::{fill_noise, fill_text},
-    rng::{mix, mix3, unit},
+    rng::{Rng, mix, mix3, unit},
 };
 
 const MAGIC: &[u8; 8] = b"FLIMLOAD";
 const MARK_BYTES: usize = 24;
+/// Places on the disk at the start that hold one of the contents that are there already.
+const PLACES_PER_CONTENT: u64 = 4;
 /// Unit of recorded content.
 pub(super) const RECORDED_BYTES: usize = 4096;
 /// Distinguishes recorded contents from others.
@@ -36,9 +42,34 @@ impl Duplicates {
         fill_by_share(repeated_seed(load_seed, number), compressible_share, out);
     }
 
+    /// Puts every second of the contents of a load onto an image, at several places each: what had been written
+    /// before it.
+    ///
+    /// # Errors
+    /// Those of writing the file.
+    pub fn plant(&self, options: &LoadOptions, image: &Path) -> io::Result<()> {
+        let file = File::options().write(true).open(image)?;
+        let blocks = file.metadata()?.len() / BLOCK_SIZE;
+        let mut rng = Rng::new(options.seed);
+        let mut buffer = vec![0; RECORDED_BYTES];
+        for number in (0..self.contents).step_by(2) {
+            self.fill(
+                options.seed,
+                number,
+                options.compressible_share,
+                &mut buffer,
+            );
+            for _ in 0..PLACES_PER_CONTENT.min(blocks) {
+                file.write_all_at(&buffer, rng.below(blocks) * BLOCK_SIZE)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Which content a granule gets: none, if it is to be new. Content `n` is drawn with a probability
     /// that falls as the 2/3rd power of `n`.
-    fn draw(&self, granule: u64) -> Option<u64> {
+    #[must_use]
+    pub fn draw(&self, granule: u64) -> Option<u64> {
         let draw = mix(granule ^ DUPLICATE_SALT);
         if unit(draw) >= self.share {
             return None;

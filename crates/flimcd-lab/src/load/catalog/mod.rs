@@ -1,10 +1,15 @@
 //! Loads by name, with times: each is an open load at its own rate, so that a slow disk makes requests late
 //! and never fewer. What each of them is made of, and where its figures come from, is in `docs/loads.md`.
 
-use super::{
-    Duplicates, LoadOptions, Mail, RequestSource, Synthetic, arrivals::Paced,
-    source::SyntheticSource,
-};
+#[cfg(test)]
+mod check;
+mod layout;
+pub mod server;
+mod streams;
+
+use super::{LoadOptions, RequestSource, Synthetic, arrivals::Paced, source::SyntheticSource};
+use server::Server;
+use streams::ServerSource;
 
 /// Names that [`by_name`] knows. The last stands for a trace: `trace:` and the path of a file.
 pub const NAMES: [&str; 9] = [
@@ -24,8 +29,8 @@ pub const MIN_BYTES: u64 = 16 << 20;
 
 /// Requests per second of `random`.
 const RANDOM_RATE: f64 = 200.0;
-/// Requests per second of `mail`.
-const MAIL_RATE: f64 = 600.0;
+/// Requests that wait at most.
+const QUEUE_DEPTH: u32 = 32;
 
 /// A load on a disk of some size, ready to run.
 pub struct Workload {
@@ -111,7 +116,9 @@ pub fn by_name(
     }
     let load = match name {
         "random" => random(size_bytes, seed, speed),
-        "mail" => mail(size_bytes, seed, speed),
+        "mail" => server(&server::MAIL, size_bytes, seed, speed),
+        "homes" => server(&server::HOMES, size_bytes, seed, speed),
+        "web-vm" => server(&server::WEB_VM, size_bytes, seed, speed),
         _ => {
             return Err(UnknownLoad::Name {
                 name: name.to_owned(),
@@ -150,23 +157,21 @@ fn random(size_bytes: u64, seed: u64, speed: f64) -> Workload {
     }
 }
 
-fn mail(size_bytes: u64, seed: u64, speed: f64) -> Workload {
-    let Mail { requests, options } = Mail::new(size_bytes, seed, 0);
-    let duplicates: Option<Duplicates> = options.duplicates;
-    let source = SyntheticSource::new(requests, size_bytes, seed);
+fn server(server: &Server, size_bytes: u64, seed: u64, speed: f64) -> Workload {
+    let duplicates = server.duplicates(size_bytes);
+    let source = ServerSource::new(server, size_bytes, seed);
     Workload {
         name: String::new(),
-        requests: Box::new(Paced::new(source, MAIL_RATE * speed, seed)),
+        requests: Box::new(Paced::new(source, server.rate_per_sec * speed, seed)),
         options: LoadOptions {
             seed,
-            duplicates,
+            queue_depth: QUEUE_DEPTH,
+            compressible_share: server.image.compressible_share,
+            duplicates: Some(duplicates),
             ..LoadOptions::default()
         },
-        image: ImageProfile {
-            data_share: 0.6,
-            compressible_share: 0.5,
-        },
+        image: server.image,
         granule: 4096,
-        describe: "mail".to_owned(),
+        describe: server.describe(speed, duplicates.contents),
     }
 }
