@@ -384,7 +384,7 @@ impl Engine {
                     match plan.op {
                         DiskOp::Read => check(shared, plan.offset, &reply.data, now),
                         DiskOp::Write | DiskOp::WriteZeroes => {
-                            shared.oracle.wrote(granules, &states)
+                            shared.oracle.wrote(granules, &states);
                         }
                         DiskOp::Flush => {}
                     }
