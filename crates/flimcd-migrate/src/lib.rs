@@ -44,7 +44,7 @@ use std::time::Duration;
 
 pub use estimate::LinkEstimate;
 pub use source::{
-    ContentCount, SourceAction, SourceConfig, SourceEvent, SourceMachine, SourcePhase,
+    ContentCount, SealLimits, SourceAction, SourceConfig, SourceEvent, SourceMachine, SourcePhase,
     SourceProgress, SourceRecord, SourceStart, Switchover,
 };
 pub use target::{

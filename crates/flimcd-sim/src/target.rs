@@ -277,6 +277,7 @@ impl World {
                 TargetPhase::Complete => "target Complete",
                 TargetPhase::Cancelled => "target Cancelled",
                 TargetPhase::Failed => "target Failed",
+                TargetPhase::Sealed => "target Sealed",
             }),
             TargetEvent::Note(_) => self.cover("target note"),
             TargetEvent::Arrived(_) if self.plan.guest.moves_early => {

@@ -29,6 +29,7 @@ mod hello;
 mod message;
 mod plan;
 mod probe;
+mod seal;
 mod seed;
 mod set;
 mod vm;
@@ -48,6 +49,7 @@ pub use message::{
 };
 pub use plan::{PlanOpen, Planned};
 pub use probe::{BlockPrefix, PROBE_PREFIX_BYTES, Probe, Probed};
+pub use seal::Seal;
 pub use seed::{ChunkPrefix, SampleChunk, SeedId, SeedOffer, SeedPart, SeedTable};
 pub use set::{Runs, SeqRuns, SetPart, split_set};
 pub use vm::{VmMessage, VmOpen, VmStage};

@@ -196,6 +196,10 @@ pub enum Message {
     CheckAsk(CheckAsk),
     /// Answer to `CheckAsk`.
     CheckPart(CheckPart),
+    /// Source → target: everything that the source had at that moment has been acknowledged. Keep it as a copy of that moment.
+    Seal(crate::Seal),
+    /// Target → source: done, durably.
+    Sealed(crate::Seal),
 }
 
 /// See [`Message::Open`].

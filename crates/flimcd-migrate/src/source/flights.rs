@@ -76,6 +76,11 @@ impl Flights {
         self.flights.is_empty()
     }
 
+    /// Nothing is in flight, and what arrived is durable.
+    pub(super) fn is_settled(&self) -> bool {
+        self.flights.is_empty() && self.undurable.is_empty()
+    }
+
     /// Blocks being read or waiting in a queue.
     pub(super) fn prepared_blocks(&self) -> u64 {
         self.prepared_blocks

@@ -67,6 +67,11 @@ impl SourceMachine {
         }
         let ready = self.with_policy(now, |policy, view| policy.is_ready(view));
         if ready && !self.progress.ready {
+            // So that the hand-over finds no queue of bulk on its way. A policy that sends bulk while the guest stands
+            // gains nothing by it.
+            if self.policy.allows_postcopy() {
+                self.actions.push_back(SourceAction::SetPacing(true));
+            }
             self.events.push_back(SourceEvent::ReadyForSwitchover);
         }
         self.progress.ready = ready;
@@ -83,7 +88,9 @@ impl SourceMachine {
         if self.phase != SourcePhase::Stopping {
             return;
         }
-        if self.policy.allows_postcopy() {
+        if self.sealing.is_some() {
+            self.capture();
+        } else if self.policy.allows_postcopy() {
             self.prepare();
         } else {
             self.set_phase(SourcePhase::Draining);
@@ -305,6 +312,9 @@ impl SourceMachine {
     fn end(&mut self) {
         if std::mem::take(&mut self.thaw_due) {
             self.actions.push_back(SourceAction::Thaw);
+        }
+        if self.is_sealed() {
+            return self.end_sealed();
         }
         // Not before: the target may forget it now.
         if self.link != LinkState::Down {

@@ -27,6 +27,7 @@ mod base;
 mod flights;
 mod handover;
 mod probing;
+mod sealing;
 mod seeding;
 mod send;
 mod types;
@@ -47,6 +48,8 @@ use crate::{
 use base::Lacking;
 use flights::Flights;
 use probing::Probing;
+pub use sealing::SealLimits;
+use sealing::Sealing;
 use seeding::Seeding;
 pub use types::{
     ContentCount, SourceAction, SourceConfig, SourceEvent, SourcePhase, SourceProgress,
@@ -82,6 +85,8 @@ pub struct SourceMachine {
     target_incarnation: Option<u64>,
     switchover: Switchover,
     cancel: Cancel,
+    /// Of an increment of a replica.
+    sealing: Option<Sealing>,
     /// Content of flights that the link has not taken.
     urgent: VecDeque<Blocks>,
     prefetched: VecDeque<Blocks>,
@@ -157,6 +162,7 @@ impl SourceMachine {
             target_incarnation: None,
             switchover: Switchover::Wait,
             cancel: Cancel::No,
+            sealing: None,
             urgent: VecDeque::new(),
             prefetched: VecDeque::new(),
             bulk: VecDeque::new(),
@@ -320,6 +326,7 @@ impl SourceMachine {
                     self.protocol_error("a part of a table that is larger than the volume");
                 }
             }
+            Message::Sealed(seal) => self.handle_sealed(seal),
             Message::Probed(probed) => self.handle_probed(probed),
             Message::Lacking { seq, is_waited_for } => self.handle_lacking(seq, is_waited_for),
             Message::Report(report) => self.progress.target = report,
@@ -481,7 +488,9 @@ impl SourceMachine {
         self.schedule(now);
         self.forget_ended();
         match self.phase {
+            SourcePhase::PreCopy if self.sealing.is_some() => self.consider_seal(now),
             SourcePhase::PreCopy => self.consider_switch(now),
+            SourcePhase::Draining if self.sealing.is_some() => self.consider_asking(),
             SourcePhase::Draining if self.pending.is_empty() && self.flights.is_empty() => {
                 self.prepare();
             }
@@ -505,6 +514,9 @@ impl SourceMachine {
         } else {
             self.flights
                 .lost_except(&accept.received.0, &mut self.pending);
+        }
+        if self.seal_accepted(accept.stage) {
+            return;
         }
         if accept.stage == TargetStage::Incoming
             && let Some(lacking) = self.lacking.take()

@@ -72,6 +72,9 @@ impl SourceMachine {
     }
 
     fn choose(&mut self, now: Time) -> Option<BlockRange> {
+        if (self.sealing.as_ref()).is_some_and(super::sealing::Sealing::is_closing) {
+            return None;
+        }
         let phase = self.phase;
         self.ask_policy(now, |policy, view| match phase {
             SourcePhase::PreCopy | SourcePhase::Draining => policy.next_precopy(view),

@@ -67,6 +67,8 @@ impl TargetMachine {
                 self.actions.push_back(TargetAction::Refuse { epoch });
                 return;
             }
+            // Never offered in an increment.
+            TargetPhase::Sealed => return self.protocol_error("an offer after an increment"),
             // Taking over already; the answer comes when it is done.
             _ => return,
         }
@@ -98,7 +100,7 @@ impl TargetMachine {
             TargetPhase::Cancelled | TargetPhase::Failed => {
                 self.actions.push_back(TargetAction::Refuse { epoch });
             }
-            TargetPhase::Refusing => {}
+            TargetPhase::Refusing | TargetPhase::Sealed => {}
         }
     }
 
@@ -112,6 +114,9 @@ impl TargetMachine {
 
     pub(super) fn handle_cancelled(&mut self) {
         match self.phase {
+            // Being made durable: it is a whole copy in a moment.
+            TargetPhase::Incoming if self.sealing.is_busy => {}
+            TargetPhase::Sealed => {}
             TargetPhase::Incoming => {
                 self.set_phase(TargetPhase::Cancelled);
                 self.events.push_back(TargetEvent::Cancelled);

@@ -9,6 +9,7 @@
 //! * **Switching**: the source offered ownership. When everything that had arrived is written, the driver
 //!   makes data, missing set and the new owner durable, in that order. Content that arrives meanwhile is
 //!   held back. **Refusing**: it could not, or the source asked for the volume back in time.
+//! * **Sealed**: an increment of a replica ended here, see `sealing`; nothing was handed over.
 //! * **PostCopy**: the guest runs here. Faults are demanded from the source, arriving content is written
 //!   where the guest has not written itself (the volume decides). Nothing ends it but the last block.
 //! * **Completing**: all is present, and being made durable.
@@ -17,6 +18,7 @@
 
 mod arrivals;
 mod handover;
+mod sealing;
 mod seeding;
 mod types;
 
@@ -34,6 +36,7 @@ use flimcd_wire::{
 use crate::DiskError;
 use arrivals::Arrivals;
 use handover::Offer;
+use sealing::Sealing;
 use seeding::Seeding;
 pub use types::{
     ApplyId, SeedChoice, SyncId, TargetAction, TargetConfig, TargetEvent, TargetPhase, TargetStart,
@@ -71,6 +74,7 @@ pub struct TargetMachine {
     /// Content that came while the volume was being taken over.
     held: Vec<Blocks>,
     offer: Option<Offer>,
+    sealing: Sealing,
     seeding: Seeding,
     /// Probes of this link that are not answered.
     probes: BTreeSet<Seq>,
@@ -109,6 +113,7 @@ impl TargetMachine {
             arrivals: Arrivals::default(),
             held: Vec::new(),
             offer: None,
+            sealing: Sealing::default(),
             seeding: Seeding::default(),
             probes: BTreeSet::new(),
             vm_is_ready: false,
@@ -159,6 +164,7 @@ impl TargetMachine {
     pub fn is_final(&self) -> bool {
         match self.phase {
             TargetPhase::Complete => self.finished,
+            TargetPhase::Sealed => true,
             TargetPhase::Cancelled | TargetPhase::Failed => self.refuse_again.is_none(),
             _ => false,
         }
@@ -225,6 +231,7 @@ impl TargetMachine {
             _ if !self.accepted => self.protocol_error("a message before Open"),
             Message::Blocks(blocks) => self.handle_blocks(now, blocks),
             Message::Probe(probe) => self.handle_probe(probe),
+            Message::Seal(seal) => self.handle_seal(seal),
             Message::MissingPart { epoch, part, set } => self.handle_part(epoch, part, &set),
             Message::Switch {
                 epoch,
@@ -539,6 +546,7 @@ impl TargetMachine {
 
     fn advance(&mut self, now: Time) {
         if self.arrivals.is_idle()
+            && !self.sealing.is_busy
             && let Some(open) = self.waiting_open.take()
         {
             self.handle_open(open);
@@ -555,6 +563,7 @@ impl TargetMachine {
                 missing,
             });
         }
+        self.consider_seal();
         self.consider_complete();
         if let Some(id) = self.arrivals.begin_sync(now) {
             self.actions.push_back(TargetAction::Sync(id));
@@ -608,6 +617,8 @@ impl TargetMachine {
                 TargetStage::Owner(epoch)
             }
             (TargetPhase::Complete, Some(epoch)) => TargetStage::Complete(epoch),
+            // Of an increment only that it is complete matters.
+            (TargetPhase::Sealed, _) => TargetStage::Complete(Epoch::FIRST),
             _ => TargetStage::Incoming,
         }
     }
@@ -626,7 +637,8 @@ impl TargetMachine {
         if layout.map(|layout| layout.size()) != Ok(self.config.size) {
             return self.protocol_error("the size of the volume has changed");
         }
-        if self.arrivals.must_wait_for(open.incarnation) {
+        // Nor may anything of another run arrive while a copy of this one is made durable.
+        if self.sealing.is_busy || self.arrivals.must_wait_for(open.incarnation) {
             self.waiting_open = Some(open);
             return;
         }
@@ -684,7 +696,7 @@ impl TargetMachine {
             }
             // Nothing is missing, so nothing is needed.
             TargetPhase::Completing | TargetPhase::Complete => {}
-            TargetPhase::Cancelled | TargetPhase::Failed => {}
+            TargetPhase::Cancelled | TargetPhase::Failed | TargetPhase::Sealed => {}
         }
     }
 

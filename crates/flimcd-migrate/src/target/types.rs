@@ -146,6 +146,7 @@ pub enum TargetPhase {
     Complete,
     Cancelled,
     Failed,
+    Sealed,
 }
 
 impl TargetPhase {
