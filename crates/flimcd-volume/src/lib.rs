@@ -17,7 +17,9 @@ pub mod state;
 mod volume;
 
 pub use port::{GuestError, GuestPort, GuestReply, GuestRequest, RequestKind};
-pub use state::{HeatKind, HeatTotals, Ownership, StateError, VolumeRecord, VolumesDir};
+pub use state::{
+    Consistent, HeatKind, HeatTotals, Ownership, StateError, VolumeRecord, VolumesDir,
+};
 pub use volume::{
     Applied, ApplyData, Begun, HEAT_HALF_LIFE, HeatSnapshot, NewVolume, Sending, Standing, Volume,
     VolumeError, VolumeObserver,

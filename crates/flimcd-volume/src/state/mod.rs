@@ -8,6 +8,7 @@
 //!     missing       target in post-copy: which blocks are durably not here; changed in place
 //!     missing-now   target in post-copy: which blocks are not here at the moment; changed in place
 //!     unacked       owner: which blocks the copy at another site may lack; changed in place
+//!     undo          replica: what stood where an increment wrote over it; appended, see `volume/undo.rs`
 //!     heat          how often each chunk is read and written: replaced about once a minute; advice only
 //!   .new-NAME/      a volume being made: removed at the next start
 //!   .delete-NAME/   a volume being removed with its image: finished at the next start
@@ -74,8 +75,8 @@
 //! | 52 | 8 | the same of counts made elsewhere, beyond that |
 //! | 60 | 32 | decayed counts: reads, blocks read, writes, blocks written |
 //! | 92 | 8 | length of the counts of reads |
-//! | 100 | that | counts of reads by chunk, as [`flimcd_core::Heat::encode`] makes them |
-//! | | rest | counts of writes by chunk |
+//! | 100 | that | counters of blocks read, in runs: 8 bytes how many cold ones lie before it, 8 bytes its length, a byte each |
+//! | | rest | the same of blocks written |
 //!
 //! It is advice. One that is damaged, of another version or of another volume is left aside with a line in the log.
 //!
@@ -83,6 +84,7 @@
 //! One agent per directory, by its lock; the agent locks the whole `STATE_DIR` besides. Everything here blocks for the disk.
 
 mod bitmap;
+mod counts;
 mod dir;
 mod error;
 mod heat;
@@ -94,4 +96,4 @@ pub use dir::{StateDir, VolumesDir};
 pub use error::StateError;
 pub(crate) use heat::{HeatFile, HeatRecord};
 pub use heat::{HeatKind, HeatTotals};
-pub use record::{Baseline, ImageIdentity, Ownership, Replica, VolumeRecord};
+pub use record::{Baseline, Consistent, ImageIdentity, Ownership, Replica, VolumeRecord};

@@ -129,6 +129,20 @@ pub struct VolumeRecord {
     /// The image as the last agent left it, if that stopped in order and is to be held to it.
     #[serde(default)]
     pub sealed: Option<ImageIdentity>,
+    /// Of a copy that is kept by increments: the moment that it is of, or that its undo journal leads back to.
+    #[serde(default)]
+    pub consistent: Option<Consistent>,
+}
+
+/// A moment at which a guest could have lost power at the source, and found this.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Consistent {
+    /// The increment that brought it.
+    pub migration: MigrationId,
+    /// When that was, by the source's clock, in milliseconds since 1970.
+    pub as_of_unix_ms: u64,
+    /// The image has been written over since, and what stood there is in the undo journal.
+    pub undo: bool,
 }
 
 /// A copy of the volume at another site. It differs from the image here at most in the blocks of `unacked`.
@@ -215,6 +229,12 @@ impl VolumeRecord {
         if !matches!(ownership, Ownership::Released { .. }) {
             self.replica = None;
         }
+        if !matches!(
+            ownership,
+            Ownership::Incoming { .. } | Ownership::Released { complete: true, .. }
+        ) {
+            self.consistent = None;
+        }
         self.ownership = ownership;
     }
 
@@ -288,6 +308,7 @@ pub(super) mod tests {
             replica: None,
             in_place: false,
             sealed: None,
+            consistent: None,
         }
     }
 

@@ -21,6 +21,7 @@ use super::{
     replica::unseal,
     source::Unacked,
     target::{MissingFiles, SyncHealth},
+    undo::{self, Undo},
 };
 use crate::{
     device::{BlockDevice, FileDevice, OpenError, OpenOptions, lock::LockError},
@@ -50,6 +51,7 @@ pub(super) struct Durable {
     state: Mutex<StateDir>,
     pub(super) missing: Mutex<Option<MissingFiles>>,
     pub(super) unacked: Unacked,
+    pub(super) undo: Mutex<Option<Arc<Undo>>>,
 }
 
 impl Durable {
@@ -168,8 +170,10 @@ impl Volume {
             replica: None,
             in_place: false,
             sealed: None,
+            consistent: None,
         };
-        Self::assemble_on_image(dir.create(record)?, device)
+        let is_new = !imported;
+        Self::assemble_on_image(dir.create(record)?, device, is_new)
     }
 
     /// Opens a volume, as its record says: an owner serves, a prepared one is frozen, and so on. Where a migration had begun,
@@ -185,7 +189,7 @@ impl Volume {
         let state = dir.open_volume(name)?;
         let device = open_image(&state.record().image, options)?;
         check_size(state.record(), device.size())?;
-        Self::assemble_on_image(state, device)
+        Self::assemble_on_image(state, device, false)
     }
 
     /// As [`open`](Self::open), on a device that the caller made, for instance one that fails on purpose. `backend` names it.
@@ -198,12 +202,16 @@ impl Volume {
         backend: String,
     ) -> Result<Arc<Self>, VolumeError> {
         check_size(state.record(), device.size())?;
-        Self::assemble(state, device, None, backend)
+        Self::assemble(state, device, None, backend, false)
     }
 
-    fn assemble_on_image(state: StateDir, image: FileDevice) -> Result<Arc<Self>, VolumeError> {
+    fn assemble_on_image(
+        state: StateDir,
+        image: FileDevice,
+        is_new: bool,
+    ) -> Result<Arc<Self>, VolumeError> {
         let backend = image.backend().to_string();
-        Self::assemble(state, Arc::new(image.clone()), Some(image), backend)
+        Self::assemble(state, Arc::new(image.clone()), Some(image), backend, is_new)
     }
 
     fn assemble(
@@ -211,9 +219,11 @@ impl Volume {
         device: Arc<dyn BlockDevice>,
         image: Option<FileDevice>,
         backend: String,
+        is_new: bool,
     ) -> Result<Arc<Self>, VolumeError> {
         let mut state = state;
         unseal(&mut state)?;
+        let undo = undo::reopen(&mut state)?;
         let record = state.record();
         let (mut rules, mut missing) = (Rules::new(record.size, mode_of(&record.ownership)), None);
         if let Ownership::Arriving { epoch, .. } = record.ownership {
@@ -235,11 +245,14 @@ impl Volume {
             _ => None,
         };
         let name = record.name.clone();
+        // A new image has only been seen by this process.
+        let is_new = is_new && matches!(record.ownership, Ownership::Incoming { .. });
         let heat = super::heat::load(&state.heat_file(), record.size);
         let durable = Durable {
             state: Mutex::new(state),
             missing: Mutex::new(missing),
             unacked: Unacked::new(unacked),
+            undo: Mutex::new(undo),
         };
         Ok(Arc::new(Self {
             name,
@@ -252,7 +265,7 @@ impl Volume {
             durable: Some(durable),
             flusher: Flusher::default(),
             heat,
-            came_in_place: AtomicBool::new(false),
+            came_in_place: AtomicBool::new(is_new),
         }))
     }
 

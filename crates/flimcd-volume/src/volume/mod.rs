@@ -15,6 +15,7 @@ mod replica;
 mod restart_tests;
 mod source;
 mod target;
+mod undo;
 
 use std::{
     io,

@@ -115,6 +115,7 @@ impl Volume {
             let mut record = state.record().clone();
             record.set_ownership(ownership);
             record.in_place = true;
+            self.begin_undo(&mut record, state.path());
             state.store(record)?;
         }
         self.came_in_place.store(true, Ordering::Release);

@@ -110,7 +110,10 @@ impl Volume {
         if plan.wait {
             plan = self.core.wait_for_apply(plan.token);
         }
-        let mut result = self.write_plan(&plan, data);
+        let mut result = self.keep_old(mode, &plan, data);
+        if result.is_ok() {
+            result = self.write_plan(&plan, data);
+        }
         if result.is_ok() && mode == Mode::PostCopy {
             result = plan
                 .write
@@ -289,7 +292,9 @@ impl Volume {
             let files = MissingFiles::create(&durable.state(), epoch, missing)?;
             *durable.missing() = Some(files);
         }
-        self.store_ownership(ownership)
+        self.store_ownership(ownership)?;
+        self.drop_undo();
+        Ok(())
     }
 
     /// Undoes [`record_arrival`](Self::record_arrival): the record says `ownership`, which must be [`Ownership::Incoming`], and the
