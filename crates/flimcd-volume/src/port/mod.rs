@@ -105,7 +105,9 @@ impl GuestPort {
     /// When the queue itself is broken: the port is of no more use then.
     pub fn kick(&mut self) -> io::Result<()> {
         self.admit();
-        self.submit_queue(false)
+        let submitted = self.submit_queue(false);
+        self.count_heat();
+        submitted
     }
 
     /// As [`kick`](Self::kick), for a caller that has nothing else to do: may do the I/O right here and wait for it, which is
@@ -115,7 +117,9 @@ impl GuestPort {
     /// As [`kick`](Self::kick).
     pub fn kick_inline(&mut self) -> io::Result<()> {
         self.admit();
-        self.submit_queue(true)
+        let submitted = self.submit_queue(true);
+        self.count_heat();
+        submitted
     }
 
     /// Appends the replies that are there to `out`. Never waits.
@@ -159,6 +163,11 @@ impl GuestPort {
         } else {
             self.queue_mut().submit()
         }
+    }
+
+    /// Counts what was admitted, once it is on its way: nobody waits for that.
+    fn count_heat(&mut self) {
+        self.volume.heat_book().count(&mut self.touched);
     }
 
     // ---- from the guest to the rules
@@ -218,7 +227,6 @@ impl GuestPort {
             }
         });
         self.push_admitted();
-        self.volume.heat_book().count(&mut self.touched);
     }
 
     /// Parked requests that were decided.

@@ -7,8 +7,9 @@ use std::{
     time::Duration,
 };
 
-use flimcd_core::{Heat, Time, VolumeId, VolumeSize};
+use flimcd_core::{VolumeId, VolumeSize};
 
+use super::counts::Counts;
 use super::replace::{RealFiles, ReplaceError, replace};
 
 const NAME: &str = "heat";
@@ -39,8 +40,8 @@ pub struct HeatTotals {
 /// The counts of a volume, as they are written down.
 #[derive(Clone, Debug)]
 pub(crate) struct HeatRecord {
-    pub(crate) read: Heat,
-    pub(crate) write: Heat,
+    pub(crate) read: Counts,
+    pub(crate) write: Counts,
     pub(crate) reads: HeatTotals,
     pub(crate) writes: HeatTotals,
     /// The time that counting took, decayed as the counts are.
@@ -50,11 +51,10 @@ pub(crate) struct HeatRecord {
 }
 
 impl HeatRecord {
-    pub(crate) fn cold(size: VolumeSize, half_life: Duration) -> Self {
-        let cold = || Heat::new(size, half_life, Time::ZERO);
+    pub(crate) fn cold(size: VolumeSize) -> Self {
         Self {
-            read: cold(),
-            write: cold(),
+            read: Counts::new(size),
+            write: Counts::new(size),
             reads: HeatTotals::default(),
             writes: HeatTotals::default(),
             counted: Duration::ZERO,
@@ -62,7 +62,7 @@ impl HeatRecord {
         }
     }
 
-    pub(crate) fn of(&mut self, kind: HeatKind) -> (&mut Heat, &mut HeatTotals) {
+    pub(crate) fn of(&mut self, kind: HeatKind) -> (&mut Counts, &mut HeatTotals) {
         match kind {
             HeatKind::Read => (&mut self.read, &mut self.reads),
             HeatKind::Write => (&mut self.write, &mut self.writes),
@@ -141,8 +141,8 @@ impl HeatRecord {
         let (reads, writes) = (totals(), totals());
         let read_len = usize::try_from(next()).unwrap_or(usize::MAX);
         let (read, write) = counts.split_at_checked(read_len).ok_or("it is too short")?;
-        let heat = |bytes| Heat::decode(size, half_life, Time::ZERO, bytes);
-        let (Some(read), Some(write)) = (heat(read), heat(write)) else {
+        let counts = |bytes| Counts::decode(size, bytes);
+        let (Some(read), Some(write)) = (counts(read), counts(write)) else {
             return Err("its counts make no sense");
         };
         // More than this never settles, and would overflow some day.
@@ -185,7 +185,7 @@ impl HeatFile {
         let path = self.dir.join(NAME);
         let mut bytes = Vec::new();
         // Far more than the counts of such a volume take.
-        let bytes_max = (HEAD + FIXED) as u64 + self.size.chunks().saturating_mul(16) + 4096;
+        let bytes_max = (HEAD + FIXED) as u64 + self.size.chunks().saturating_mul(8) + 4096;
         match File::open(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             opened => opened?.take(bytes_max).read_to_end(&mut bytes)?,
@@ -202,7 +202,7 @@ impl HeatFile {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use flimcd_core::ChunkIndex;
+    use flimcd_core::{ChunkIndex, Heat};
     use proptest::prelude::*;
 
     const ID: VolumeId = VolumeId(7);
@@ -213,11 +213,9 @@ mod tests {
     }
 
     fn sample() -> HeatRecord {
-        let mut record = HeatRecord::cold(size(), HALF_LIFE);
-        record.read.add(ChunkIndex(3), 9, Time::ZERO);
-        record
-            .write
-            .add(ChunkIndex(size().chunks() - 1), 1, Time::ZERO);
+        let mut record = HeatRecord::cold(size());
+        record.read.add(ChunkIndex(3), 9);
+        record.write.add(ChunkIndex(size().chunks() - 1), 1);
         record.reads.requests = 4;
         record.writes.blocks = 5;
         record.counted = Duration::from_secs(70);
@@ -230,8 +228,9 @@ mod tests {
     }
 
     fn assert_same(a: &HeatRecord, b: &HeatRecord) {
-        assert!(a.read.chunks().eq(b.read.chunks()));
-        assert!(a.write.chunks().eq(b.write.chunks()));
+        let same = |a: Heat, b: Heat| a.chunks().eq(b.chunks());
+        assert!(same(a.read.heat(HALF_LIFE), b.read.heat(HALF_LIFE)));
+        assert!(same(a.write.heat(HALF_LIFE), b.write.heat(HALF_LIFE)));
         let rest = |r: &HeatRecord| (r.reads, r.writes, r.counted, r.carried);
         assert_eq!(rest(a), rest(b));
     }
@@ -260,13 +259,13 @@ mod tests {
 
     #[test]
     fn a_record_of_everything_hot_fits_what_is_read() {
-        let mut record = HeatRecord::cold(size(), HALF_LIFE);
-        for chunk in (0..size().chunks()).step_by(2) {
-            record.read.add(ChunkIndex(chunk), 4000, Time::ZERO);
+        let mut record = HeatRecord::cold(size());
+        for chunk in (0..size().chunks()).step_by(6) {
+            record.read.add(ChunkIndex(chunk), 4000);
         }
         record.write = record.read.clone();
         let bytes = record.encode(ID, size());
-        assert!((bytes.len() as u64) < size().chunks() * 16);
+        assert!((bytes.len() as u64) < size().chunks() * 8);
         assert_same(&decode(&bytes).unwrap(), &record);
     }
 
