@@ -20,6 +20,7 @@
 //! disk back; [`LoadHandle::resume_on`] goes on with another disk and says how long the guest
 //! stood still: from its last completed request to its first completed one.
 
+mod access;
 mod arrivals;
 mod baseline;
 pub mod catalog;
@@ -36,6 +37,7 @@ mod source;
 mod stamp;
 mod stats;
 
+pub use access::{AccessLine, AccessSpec};
 pub use baseline::Baseline;
 pub use disk::{DiskOp, DiskReply, DiskRequest, FileDisk, GuestDisk, MemoryDisk};
 pub use engine::LoadPhase;

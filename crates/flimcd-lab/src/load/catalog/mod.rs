@@ -7,7 +7,12 @@ mod layout;
 pub mod server;
 mod streams;
 
-use super::{LoadOptions, RequestSource, Synthetic, arrivals::Paced, source::SyntheticSource};
+use super::{
+    AccessSpec, LoadOptions, RequestSource, Synthetic,
+    access::{AccessSource, describe_rate},
+    arrivals::Paced,
+    source::SyntheticSource,
+};
 use server::Server;
 use streams::ServerSource;
 
@@ -29,6 +34,10 @@ pub const MIN_BYTES: u64 = 16 << 20;
 
 /// Requests per second of `random`.
 const RANDOM_RATE: f64 = 200.0;
+/// Requests per second of the Iometer loads: a tool that asks for the next when it has one has no rate of its own.
+const IOMETER_RATE: f64 = 120.0;
+/// Share of the disk that is Iometer's test file, and where it starts.
+const IOMETER_AREA_SHARE: f64 = 0.25;
 /// Requests that wait at most.
 const QUEUE_DEPTH: u32 = 32;
 
@@ -115,6 +124,10 @@ pub fn by_name(
         return Err(UnknownLoad::Size { name, size_bytes });
     }
     let load = match name {
+        "iometer-database" => access(AccessSpec::database(), size_bytes, seed, speed),
+        "iometer-fileserver" => access(AccessSpec::file_server(), size_bytes, seed, speed),
+        "iometer-webserver" => access(AccessSpec::web_server(), size_bytes, seed, speed),
+        "iometer-workstation" => access(AccessSpec::workstation(), size_bytes, seed, speed),
         "random" => random(size_bytes, seed, speed),
         "mail" => server(&server::MAIL, size_bytes, seed, speed),
         "homes" => server(&server::HOMES, size_bytes, seed, speed),
@@ -153,6 +166,35 @@ fn random(size_bytes: u64, seed: u64, speed: f64) -> Workload {
             compressible_share: 0.5,
         },
         granule: 4096,
+        describe,
+    }
+}
+
+/// A specification over a test file in the middle of the disk.
+fn access(spec: AccessSpec, size_bytes: u64, seed: u64, speed: f64) -> Workload {
+    let megabytes = size_bytes >> 20;
+    let area = (megabytes / 4) << 20;
+    let length = layout::share_of(megabytes, IOMETER_AREA_SHARE) << 20;
+    let rate = IOMETER_RATE * speed;
+    let describe = format!(
+        "{}; {}; over {:.0}% of the disk, one area",
+        spec.describe(),
+        describe_rate(rate),
+        IOMETER_AREA_SHARE * 100.0
+    );
+    Workload {
+        name: String::new(),
+        granule: spec.granule(),
+        requests: Box::new(AccessSource::new(spec, (area, length), (rate, speed), seed)),
+        options: LoadOptions {
+            seed,
+            queue_depth: QUEUE_DEPTH,
+            ..LoadOptions::default()
+        },
+        image: ImageProfile {
+            data_share: 0.5,
+            compressible_share: 0.5,
+        },
         describe,
     }
 }
