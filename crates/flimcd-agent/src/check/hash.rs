@@ -66,17 +66,21 @@ pub(super) fn within(runs: &[BlockRange], range: BlockRange) -> Vec<BlockRange> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use flimcd_core::VolumeSize;
-    use flimcd_volume::{ApplyData, device::MemoryDevice, rules::Mode};
+    use flimcd_volume::{
+        ApplyData,
+        device::{FileDevice, OpenOptions},
+        rules::Mode,
+    };
     use std::sync::Arc;
 
     const BLOCKS: u64 = 600;
 
     /// Blocks that all differ; the last one is short.
     fn volume() -> Arc<Volume> {
-        let size = VolumeSize::new(BLOCKS * BLOCK_SIZE - 1000).unwrap();
-        let device = Arc::new(MemoryDevice::new(size));
-        let volume = Volume::ephemeral("vm".parse().unwrap(), device, Mode::Incoming);
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(BLOCKS * BLOCK_SIZE - 1000).unwrap();
+        let device = FileDevice::open(file.path(), &OpenOptions::default()).unwrap();
+        let volume = Volume::ephemeral("vm".parse().unwrap(), Arc::new(device), Mode::Incoming);
         for block in 0..BLOCKS {
             put(&volume, block, &block.to_le_bytes());
         }

@@ -23,6 +23,7 @@ use std::{
     collections::BTreeSet,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
+use tokio::sync::watch;
 
 use crate::{
     agent::Agent,
@@ -40,6 +41,18 @@ pub(crate) struct Checks(Mutex<BTreeSet<MigrationId>>);
 impl Checks {
     fn running(&self) -> MutexGuard<'_, BTreeSet<MigrationId>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Waits for `what`; `None` when the agent stops before. Reading a disk is waited for without this: whoever stops an agent may take
+/// its images away at once.
+async fn unless_stopped<T>(
+    stop: &mut watch::Receiver<bool>,
+    what: impl Future<Output = T>,
+) -> Option<T> {
+    tokio::select! {
+        done = what => Some(done),
+        _ = stop.wait_for(|&stop| stop) => None,
     }
 }
 
@@ -104,14 +117,11 @@ impl Agent {
                 session,
                 migration: id,
                 copies,
+                stop: agent.stop_signal(),
                 status: fresh,
             };
-            let mut stop = agent.stop_signal();
-            let ended = tokio::select! {
-                ended = checker.run() => Some(ended),
-                _ = stop.wait_for(|&stop| stop) => None,
-            };
-            link.send(session, Message::Cancel).await;
+            let ended = checker.run().await;
+            let _ = unless_stopped(&mut checker.stop, link.send(session, Message::Cancel)).await;
             link.unregister(session);
             match ended {
                 Some(ended) => agent.end_check(id, checker.status, ended).await,

@@ -14,10 +14,11 @@ use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
+use tokio::sync::watch;
 
 use super::{
     hash::{Pieces, hash, within},
-    is_copy_of,
+    is_copy_of, unless_stopped,
 };
 use crate::{
     agent::Agent,
@@ -45,6 +46,7 @@ pub(super) struct Checker {
     pub(super) session: MigrationId,
     pub(super) migration: MigrationId,
     pub(super) copies: Vec<Arc<Hosted>>,
+    pub(super) stop: watch::Receiver<bool>,
     pub(super) status: CheckStatus,
 }
 
@@ -52,6 +54,8 @@ pub(super) struct Checker {
 enum Pause {
     /// The link broke.
     Link,
+    /// The agent stops.
+    Stop,
     /// For good.
     End(String),
 }
@@ -98,8 +102,8 @@ impl Questions {
 }
 
 impl Checker {
-    /// Compares all of it. The status says what was found, also with an error.
-    pub(super) async fn run(&mut self) -> Result<(), String> {
+    /// Compares all of it. The status says what was found, also with an error. `None` when the agent stops before the end.
+    pub(super) async fn run(&mut self) -> Option<Result<(), String>> {
         let mut questions = Questions {
             open: VecDeque::new(),
             todo: VecDeque::new(),
@@ -107,22 +111,27 @@ impl Checker {
             answered: 0,
         };
         loop {
-            self.wait_for_link().await?;
-            match self.ask(&mut questions).await {
-                Ok(()) => return Ok(()),
+            let asked = match self.wait_for_link().await {
+                Ok(()) => self.ask(&mut questions).await,
+                Err(pause) => Err(pause),
+            };
+            match asked {
+                Ok(()) => return Some(Ok(())),
                 Err(Pause::Link) => questions.again(),
-                Err(Pause::End(why)) => return Err(why),
+                Err(Pause::Stop) => return None,
+                Err(Pause::End(why)) => return Some(Err(why)),
             }
         }
     }
 
-    async fn wait_for_link(&mut self) -> Result<(), String> {
+    async fn wait_for_link(&mut self) -> Result<(), Pause> {
         loop {
-            self.see_copies()?;
-            match tokio::time::timeout(LOOK_EVERY, self.inbox.recv()).await {
-                Ok(Some(LinkInput::Up(_))) => return Ok(()),
-                Ok(Some(LinkInput::Down | LinkInput::Message(..))) | Err(_) => {}
-                Ok(None) => return Err("the agent stops".to_owned()),
+            self.see_copies().map_err(Pause::End)?;
+            let input = tokio::time::timeout(LOOK_EVERY, self.inbox.recv());
+            match unless_stopped(&mut self.stop, input).await {
+                Some(Ok(Some(LinkInput::Up(_)))) => return Ok(()),
+                Some(Ok(Some(LinkInput::Down | LinkInput::Message(..))) | Err(_)) => {}
+                Some(Ok(None)) | None => return Err(Pause::Stop),
             }
         }
     }
@@ -142,22 +151,20 @@ impl Checker {
         }
     }
 
-    async fn say(&self, class: Class, message: Message) -> Result<(), Pause> {
+    async fn say(&mut self, class: Class, message: Message) -> Result<(), Pause> {
         let frame = Frame {
             migration: self.session,
             class,
             message,
         };
-        self.link
-            .handle()
-            .send(frame)
-            .await
-            .map_err(|_| Pause::Link)
+        let sent = unless_stopped(&mut self.stop, self.link.handle().send(frame)).await;
+        sent.ok_or(Pause::Stop)?.map_err(|_| Pause::Link)
     }
 
     async fn next(&mut self) -> Result<Message, Pause> {
-        let input = tokio::time::timeout(ANSWER_MAX, self.inbox.recv()).await;
-        match input {
+        let input = tokio::time::timeout(ANSWER_MAX, self.inbox.recv());
+        let input = unless_stopped(&mut self.stop, input).await;
+        match input.ok_or(Pause::Stop)? {
             Ok(Some(LinkInput::Message(Message::Failed(error), _))) => Err(Pause::End(format!(
                 "site {} says: {}",
                 self.link.peer(),
@@ -165,7 +172,7 @@ impl Checker {
             ))),
             Ok(Some(LinkInput::Message(message, _))) => Ok(message),
             Ok(Some(LinkInput::Up(_) | LinkInput::Down)) => Err(Pause::Link),
-            Ok(None) => Err(Pause::End("the agent stops".to_owned())),
+            Ok(None) => Err(Pause::Stop),
             Err(_) => Err(Pause::End(format!(
                 "site {} has not answered for {} s; see its agent's log",
                 self.link.peer(),
@@ -247,8 +254,8 @@ impl Checker {
             self.status.blocks_written += written.iter().map(|run| run.len()).sum::<u64>();
         }
         self.judge(questions, &hosted, part, &pieces, &written);
-        tokio::time::sleep(took).await;
-        Ok(())
+        let rested = unless_stopped(&mut self.stop, tokio::time::sleep(took)).await;
+        rested.ok_or(Pause::Stop)
     }
 
     /// Counts what is equal, and asks closer about what is not.

@@ -13,8 +13,9 @@ use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
+use tokio::sync::watch;
 
-use super::hash::hash;
+use super::{hash::hash, unless_stopped};
 use crate::{
     agent::Agent,
     hosting::Hosted,
@@ -31,6 +32,7 @@ struct Answering {
     session: MigrationId,
     migration: MigrationId,
     volumes: Vec<Arc<Hosted>>,
+    stop: watch::Receiver<bool>,
 }
 
 impl Agent {
@@ -52,17 +54,14 @@ impl Agent {
         match volumes {
             Some(volumes) => {
                 link.send(session, Message::CheckReady).await;
-                let answering = Answering {
+                let mut answering = Answering {
                     link: link.clone(),
                     session,
                     migration: open.migration,
                     volumes,
+                    stop: self.stop_signal(),
                 };
-                let mut stop = self.stop_signal();
-                tokio::select! {
-                    () = answering.run(&mut inbox) => {}
-                    _ = stop.wait_for(|&stop| stop) => {}
-                }
+                answering.run(&mut inbox).await;
             }
             None => {
                 link.send(session, Message::Failed(moved_on())).await;
@@ -79,13 +78,16 @@ fn moved_on() -> WireError {
 }
 
 impl Answering {
-    async fn run(&self, inbox: &mut Inbox) {
+    async fn run(&mut self, inbox: &mut Inbox) {
         loop {
-            let input = tokio::time::timeout(IDLE_MAX, inbox.recv()).await;
+            let input = tokio::time::timeout(IDLE_MAX, inbox.recv());
+            let input = unless_stopped(&mut self.stop, input).await;
             let goes_on = match input {
-                Ok(Some(LinkInput::Up(_))) => true,
-                Ok(Some(LinkInput::Message(message, credit))) => self.answer(message, credit).await,
-                Ok(Some(LinkInput::Down) | None) | Err(_) => false,
+                Some(Ok(Some(LinkInput::Up(_)))) => true,
+                Some(Ok(Some(LinkInput::Message(message, credit)))) => {
+                    self.answer(message, credit).await
+                }
+                Some(Ok(Some(LinkInput::Down) | None) | Err(_)) | None => false,
             };
             if !goes_on {
                 return;
@@ -94,7 +96,7 @@ impl Answering {
     }
 
     /// Answers one message; false when there is nothing more to answer.
-    async fn answer(&self, message: Message, credit: Credit) -> bool {
+    async fn answer(&mut self, message: Message, credit: Credit) -> bool {
         let result = match message {
             // What opened it.
             Message::CheckOpen(_) => return true,
@@ -113,7 +115,8 @@ impl Answering {
                     class: Class::Bulk,
                     message: Message::CheckPart(part),
                 };
-                self.link.handle().send(frame).await.is_ok()
+                let sent = unless_stopped(&mut self.stop, self.link.handle().send(frame)).await;
+                sent.is_some_and(|sent| sent.is_ok())
             }
             Err(error) => {
                 self.link.send(self.session, Message::Failed(error)).await;
@@ -122,7 +125,7 @@ impl Answering {
         }
     }
 
-    async fn hashes(&self, ask: CheckAsk) -> Result<CheckPart, WireError> {
+    async fn hashes(&mut self, ask: CheckAsk) -> Result<CheckPart, WireError> {
         let volume = usize::try_from(ask.volume).ok();
         let hosted = volume.and_then(|index| self.volumes.get(index));
         let hosted = hosted.filter(|hosted| ask.range.end <= hosted.volume().size().blocks());
@@ -155,7 +158,8 @@ impl Answering {
             }
         };
         if requests(hosted.volume()) != before {
-            tokio::time::sleep(begun.elapsed() * REST).await;
+            let rest = tokio::time::sleep(begun.elapsed() * REST);
+            let _ = unless_stopped(&mut self.stop, rest).await;
         }
         let payload: Vec<u8> = (pieces.hashes.iter())
             .flat_map(|hash| *hash.as_bytes())

@@ -31,6 +31,8 @@ struct ConfigFile<'a> {
     images_dir: PathBuf,
     runtime_dir: PathBuf,
     listen: String,
+    /// Not here: what is measured is the migration.
+    check: bool,
     tls: TlsFiles,
     peer: Vec<PeerTable<'a>>,
 }
@@ -250,6 +252,7 @@ fn write_config(dir: &Path, pki: &Path, options: &SiteOptions<'_>) -> anyhow::Re
         images_dir: dir.join("images"),
         runtime_dir: dir.join("run"),
         listen: format!("{}:0", options.wan.address(options.side)),
+        check: false,
         tls: TlsFiles {
             ca: pki.join("ca.pem"),
             cert: pki.join(format!("{name}.pem")),
