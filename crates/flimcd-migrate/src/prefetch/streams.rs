@@ -144,17 +144,17 @@ impl Streams {
     /// once.
     pub(super) fn next(&mut self, blocks: u64) -> Option<BlockRange> {
         for stream in &mut self.streams {
-            while stream.given < stream.window {
+            if stream.given < stream.window {
                 let start = stream.next
                     + stream
                         .stride
                         .saturating_mul(i64::try_from(stream.given).unwrap_or(i64::MAX));
                 stream.given += 1;
                 let Ok(start) = u64::try_from(start) else {
-                    break;
+                    continue;
                 };
                 if start >= blocks {
-                    break;
+                    continue;
                 }
                 return Some(BlockRange::new(start, (start + stream.len).min(blocks)));
             }
