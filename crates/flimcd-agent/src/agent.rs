@@ -35,6 +35,7 @@ use crate::{
     migration::{hooks::Sessions, progress::unix_ms, settle::settle_all, store::Store},
     plan::Plans,
     registry::Registry,
+    replicate::Replications,
     vm::{
         CareState, Vms,
         session::{Moves, SessionStore},
@@ -56,6 +57,7 @@ pub(crate) struct Agent {
     pub(crate) library: Arc<Library>,
     pub(crate) plans: Plans,
     pub(crate) checks: Checks,
+    pub(crate) replications: Replications,
     /// Those who move machines, and wait for what happens to their disks.
     pub(crate) sessions: Arc<Sessions>,
     endpoint: Endpoint,
@@ -213,6 +215,13 @@ pub async fn start(config: Config) -> Result<RunningAgent, StartError> {
         path: images,
         source,
     })?;
+    let schedules = config.state_dir.join("replications");
+    let replications = Replications::open(schedules.clone());
+    let replications = replications.map_err(|source| StartError::Directory {
+        what: "state_dir",
+        path: schedules,
+        source,
+    })?;
     let listen = match &config.listen {
         Some(address) => Some(endpoint.listen(address).await?),
         None => None,
@@ -232,6 +241,7 @@ pub async fn start(config: Config) -> Result<RunningAgent, StartError> {
         library: Arc::new(library),
         plans: Plans::default(),
         checks: Checks::default(),
+        replications,
         sessions: Arc::default(),
         endpoint,
         dialled: Mutex::default(),
@@ -245,6 +255,7 @@ pub async fn start(config: Config) -> Result<RunningAgent, StartError> {
     agent.resume_moves(moves).await;
     agent.resume_scans();
     agent.spawn(crate::heat::keep(agent.clone()));
+    agent.spawn(crate::replicate::keep(agent.clone()));
     let routers = agent
         .links
         .values()

@@ -33,6 +33,7 @@ mod plan;
 mod records;
 mod registry;
 mod replicas;
+mod replicate;
 mod resume;
 mod tasks;
 mod vm;

@@ -15,7 +15,7 @@ use crate::{
     migration::{
         Command, CommandAnswer, CommandError,
         hooks::DisksEvent,
-        progress::fresh_status,
+        progress::{add_note, fresh_status},
         store::{MigrationRecord, MovedVolume},
         volumes::VolumeSet,
     },
@@ -128,6 +128,18 @@ impl Agent {
         request: MigrateRequest,
         session: Option<MigrationId>,
     ) -> Result<MigrationStatus, ErrorBody> {
+        self.end_increments(&names).await;
+        self.begin_sending(names, request, session, false).await
+    }
+
+    /// Begins a migration, or with `increment` what brings a replica up to date and never switches.
+    pub(crate) async fn begin_sending(
+        self: &Arc<Self>,
+        names: Vec<VolumeName>,
+        request: MigrateRequest,
+        session: Option<MigrationId>,
+        increment: bool,
+    ) -> Result<MigrationStatus, ErrorBody> {
         let (volumes, epoch) = self.volumes_to_migrate(&names, &request.to)?;
         let id = MigrationId(rand::random());
         let all = volumes.all().iter();
@@ -141,13 +153,20 @@ impl Agent {
         status.switchover = Some(request.switchover);
         status.session = session;
         status.planned = self.plans.planned(&status.volumes, &request);
-        let record = MigrationRecord::new(
+        if increment {
+            add_note(
+                &mut status,
+                format!("an increment of the replica at {}", request.to),
+            );
+        }
+        let mut record = MigrationRecord::new(
             Role::Source,
             moved.collect(),
             epoch,
             Some(request),
             status.clone(),
         );
+        record.increment = increment;
         let store = self.store.clone();
         let to_save = record.clone();
         let begun = self.begin(&record)?;

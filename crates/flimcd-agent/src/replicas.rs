@@ -38,7 +38,8 @@ impl Agent {
 
     /// What is left to do at a source when a migration has ended, also by one that a restart finds.
     pub(crate) async fn after_migration(self: &Arc<Self>, record: &MigrationRecord) {
-        if record.role != Role::Source || record.status.phase != Phase::Completed {
+        let is_move = record.role == Role::Source && !record.increment;
+        if !is_move || record.status.phase != Phase::Completed {
             return;
         }
         let keep =

@@ -1,7 +1,7 @@
 //! The tasks around drivers: how a migration begins, goes on after a restart, and ends.
 
 use flimcd_core::{BlockSet, MigrationId};
-use flimcd_migrate::{SourceConfig, SourceMachine, SourceStart, policy::Policy};
+use flimcd_migrate::{SealLimits, SourceConfig, SourceMachine, SourceStart, policy::Policy};
 use flimcd_wire::{Message, VolumeOffer};
 use std::{io, sync::Arc};
 use tokio::sync::{mpsc, watch};
@@ -99,12 +99,16 @@ async fn run_source(
     };
     let id = record.id;
     let hook = begin.hook.clone();
+    let is_increment = record.increment;
     let inbox = link.register(id);
     let setup = setup(&agent, &volumes, &link, inbox, record.clone(), begin);
     let make = |now| {
         let mut machine = SourceMachine::new(config, policy, start, now);
         machine.set_sample(sample);
         machine.set_heat(&heat.reads, &heat.writes);
+        if is_increment {
+            machine.replicate(SealLimits::default());
+        }
         machine
     };
     let ended = match SourceDriver::new(setup, make) {

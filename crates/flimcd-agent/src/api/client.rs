@@ -17,6 +17,7 @@ use tokio::net::UnixStream;
 use super::{
     heat::HeatReport,
     plan::{PlanRequest, PlanStatus},
+    replicate::{ReplicateRequest, ReplicationStatus, RestoreReplica, RestoredReplica},
     types::{
         AddLibraryImage, CreateVolume, ErrorBody, ExportInfo, ImportVolume, LibraryImage,
         MigrateRequest, MigrateTogether, MigrationStatus, RemovedVolume, Status, VolumeInfo,
@@ -189,6 +190,61 @@ impl Client {
     ) -> Result<RemovedVolume, ClientError> {
         let path = format!("/v1/replicas/{name}?keep_image={keep_image}");
         self.call(Method::DELETE, &path, Bytes::new()).await
+    }
+
+    /// Keeps a replica of a volume at another site.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn replicate(
+        &self,
+        name: &VolumeName,
+        request: &ReplicateRequest,
+    ) -> Result<ReplicationStatus, ClientError> {
+        self.post(&format!("/v1/volumes/{name}/replicate"), request)
+            .await
+    }
+
+    /// All volumes that a replica is kept of.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn replications(&self) -> Result<Vec<ReplicationStatus>, ClientError> {
+        self.get("/v1/replications").await
+    }
+
+    /// One of them.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn replication(&self, name: &VolumeName) -> Result<ReplicationStatus, ClientError> {
+        self.get(&format!("/v1/replications/{name}")).await
+    }
+
+    /// Keeps no replica of a volume any more; the one that is there stays.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn stop_replication(
+        &self,
+        name: &VolumeName,
+    ) -> Result<ReplicationStatus, ClientError> {
+        let path = format!("/v1/replications/{name}");
+        self.call(Method::DELETE, &path, Bytes::new()).await
+    }
+
+    /// Puts a replica that stands here back to its last consistent moment.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for all calls.
+    pub async fn restore_replica(
+        &self,
+        name: &VolumeName,
+        force: bool,
+    ) -> Result<RestoredReplica, ClientError> {
+        let request = RestoreReplica { force };
+        self.post(&format!("/v1/replicas/{name}/restore"), &request)
+            .await
     }
 
     /// Where a guest finds the volume.

@@ -17,7 +17,7 @@ use std::{str::FromStr, sync::Arc};
 use utoipa::OpenApi;
 
 use super::{
-    heat_server, plan_server,
+    heat_server, plan_server, replicate_server,
     types::{
         AddLibraryImage, ApiCode, CreateVolume, DropQuery, ErrorBody, ExportInfo, ImportVolume,
         LibraryImage, MigrateRequest, MigrateTogether, MigrationStatus, RemoveQuery, RemovedVolume,
@@ -97,7 +97,12 @@ pub fn openapi_json() -> String {
         plan_server::plans,
         plan_server::make_plan,
         plan_server::plan,
-        plan_server::cancel_plan
+        plan_server::cancel_plan,
+        replicate_server::replications,
+        replicate_server::replication,
+        replicate_server::replicate,
+        replicate_server::stop,
+        replicate_server::restore
     ),
     components(schemas(ErrorBody))
 )]
@@ -126,6 +131,7 @@ pub(crate) fn router(agent: Arc<Agent>) -> Router {
         .route("/v1/migrations/{id}/check", post(check))
         .merge(heat_server::routes())
         .merge(plan_server::routes())
+        .merge(replicate_server::routes())
         .merge(vm_server::routes())
         .fallback(unknown_path)
         .method_not_allowed_fallback(unknown_path)

@@ -1,7 +1,7 @@
 //! Volumes that come from a peer: whether they may, whether they fit, and making them.
 
-use flimcd_core::{Epoch, MigrationId, SiteName};
-use flimcd_volume::{NewVolume, Ownership, Standing, Volume};
+use flimcd_core::{Epoch, MigrationId, SiteName, VolumeName};
+use flimcd_volume::{Consistent, NewVolume, Ownership, Standing, Volume};
 use flimcd_wire::{Base, ErrorCode, Open, VolumeOffer, WireError};
 use std::{collections::BTreeSet, fs, sync::Arc};
 
@@ -202,6 +202,30 @@ impl Hosting {
             .map_err(|error| cannot_make(&error))?;
         self.put(reservation, &volume, true)
     }
+
+    /// Puts a copy back to its last consistent moment. Nothing arrives at it meanwhile. Blocks.
+    pub(crate) fn restore_replica(
+        &self,
+        name: &VolumeName,
+    ) -> Result<(Consistent, u64), ErrorBody> {
+        let hosted = self.get(name)?;
+        let reservation = self.withdraw(name)?;
+        let restored = hosted.volume.take_image_locks().map_err(|error| {
+            let message = format!("the copy of {name} is in use: {error}");
+            refuse(ApiCode::Image, message, "")
+        });
+        let restored = restored.and_then(|()| {
+            let restored = hosted.volume.restore_replica();
+            hosted.volume.give_up_image_locks();
+            restored.map_err(|error| {
+                let message = format!("restoring the replica {name} failed: {error}");
+                refuse(ApiCode::Io, message, "put that right and try again")
+            })
+        });
+        reservation.fill(hosted);
+        restored
+    }
+
     /// Lets content arrive over the copy that stands here. Nobody else changes the volume meanwhile.
     fn come_back(
         &self,

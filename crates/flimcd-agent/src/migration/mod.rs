@@ -17,6 +17,7 @@
 
 mod arrive;
 mod base;
+mod capture;
 mod heat;
 pub(crate) mod hooks;
 mod peeks;

@@ -12,11 +12,13 @@ use flimcd_wire::{ChunkPrefix, Entry, Message, Runs};
 use std::{
     collections::HashMap,
     io,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use super::{
     base::{Base, Command, CommandAnswer, CommandError, Event, Outcome, Setup, disk_error},
+    capture::Captured,
     hooks::DisksEvent,
     peeks::{Answering, Question},
     progress::{add_content, eta_s, unix_ms},
@@ -41,6 +43,8 @@ pub(crate) enum Done {
     Examined(Seq, Kept),
     Persisted(SourceRecord, Result<(), DiskError>),
     Peeked(Question, io::Result<Bytes>),
+    /// Of an increment: what is left to send, as of that moment (milliseconds since 1970).
+    Captured(u64, io::Result<Captured>),
 }
 
 /// What was read and waits for what the target says of it.
@@ -103,6 +107,8 @@ pub(crate) struct SourceDriver {
     answering: Answering,
     /// What was read and waits for what the target says of it.
     kept: HashMap<Seq, Kept>,
+    /// Of an increment: content that is read from here instead of from the volumes.
+    captured: Option<Arc<Captured>>,
     /// What an agent that ran before had counted.
     content_before: ContentStats,
 }
@@ -133,6 +139,7 @@ impl SourceDriver {
             told_ready: false,
             answering: Answering::default(),
             kept: HashMap::new(),
+            captured: None,
         };
         let now = driver.base.now();
         if driver.base.record.switchover_asked {
@@ -198,6 +205,7 @@ impl SourceDriver {
                 }
                 self.answering.handle_read(&question, result.ok());
             }
+            Event::Done(Done::Captured(as_of, result)) => self.captured(now, as_of, result),
             Event::Volume => {
                 if self.writes.is_mirroring() {
                     self.drain_at = self.drain_at.min(self.drained_at + DRAIN_HELD);
@@ -381,6 +389,9 @@ impl SourceDriver {
                 self.machine.handle_frozen(now, &dirty);
                 continue;
             }
+            if let Some(wanted) = self.machine.poll_capture() {
+                self.capture(wanted);
+            }
             let (machine, answering) = (&mut self.machine, &mut self.answering);
             self.base.port.transmit(|has_room| {
                 let answer = answering.poll(has_room);
@@ -453,8 +464,14 @@ impl SourceDriver {
             }
             SourceAction::Thaw => {
                 self.freezing = false;
-                self.stopped_at = None;
                 self.base.volumes.thaw();
+                let stood = self
+                    .stopped_at
+                    .take()
+                    .map(|at| at.elapsed().as_secs_f64() * 1000.0);
+                if self.machine.reads_capture() {
+                    self.base.status.downtime_ms = stood;
+                }
             }
             SourceAction::Persist(record) => self.persist(record),
             SourceAction::Release => self.base.volumes.release(),
@@ -473,7 +490,49 @@ impl SourceDriver {
         }
     }
 
+    /// Takes what is left of an increment into memory, while its guest stands.
+    fn capture(&mut self, wanted: Vec<BlockRange>) {
+        let (volumes, done) = (self.base.volumes.clone(), self.base.begin_job());
+        let as_of = unix_ms();
+        self.base.workers.any_order(move |_| {
+            // The driver is gone when the agent stops.
+            let _ = done.send(Done::Captured(as_of, Captured::take(&volumes, &wanted)));
+        });
+    }
+
+    fn captured(&mut self, now: Time, as_of: u64, result: io::Result<Captured>) {
+        let result = result.map(|captured| {
+            self.captured = Some(Arc::new(captured));
+            self.base.status.switched_unix_ms = Some(as_of);
+        });
+        let result = result.map_err(|error| disk_error("capturing what is left", &error));
+        self.machine.handle_captured(now, as_of, result);
+    }
+
+    /// As [`read`](Self::read), of what was captured. The volumes' marks are of the next increment, and are left alone.
+    fn read_captured(&mut self, seq: Seq, range: BlockRange, how: HowToRead) {
+        let (captured, done) = (self.captured.clone(), self.base.begin_job());
+        self.base.workers.any_order(move |tools| {
+            let read = match captured {
+                Some(captured) => captured.read(range, &mut tools.buffer),
+                None => Err(io::Error::other("nothing was captured")),
+            };
+            let answer = match read {
+                Ok(()) => how.examine_or_pack(seq, range, tools),
+                Err(error) => {
+                    let what = format!("reading blocks {range:?}");
+                    Done::Read(seq, Err(disk_error(&what, &error)))
+                }
+            };
+            // The driver is gone when the agent stops.
+            let _ = done.send(answer);
+        });
+    }
+
     fn read(&mut self, seq: Seq, range: BlockRange, how: HowToRead) {
+        if self.machine.reads_capture() {
+            return self.read_captured(seq, range, how);
+        }
         // The marks are cleared here and now, the content is read later.
         let begun = self.base.volumes.begin_send(range);
         let done = self.base.begin_job();

@@ -52,6 +52,9 @@ pub(crate) struct MigrationRecord {
     /// Target: what stood there for each volume before anything arrived; zeroes where it is left out.
     #[serde(default)]
     pub(crate) bases: Vec<Base>,
+    /// Of the source: an increment of a replica, which never switches.
+    #[serde(default)]
+    pub(crate) increment: bool,
     /// As it was when this was written; final once its phase is.
     pub(crate) status: MigrationStatus,
 }
@@ -89,6 +92,7 @@ impl MigrationRecord {
             refused: None,
             farewell_due: false,
             bases: Vec::new(),
+            increment: false,
             status,
         }
     }

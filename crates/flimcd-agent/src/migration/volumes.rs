@@ -432,6 +432,17 @@ impl VolumeSet {
         })
     }
 
+    /// An increment is whole: see `Volume::seal_arrival`.
+    pub(crate) fn seal(
+        &self,
+        epoch: Epoch,
+        migration: MigrationId,
+        peer: &SiteName,
+        as_of_unix_ms: u64,
+    ) -> io::Result<()> {
+        self.each(|_, volume| volume.seal_arrival(epoch, migration, peer, as_of_unix_ms))
+    }
+
     /// A block that a guest waits for, each once until [`requeue_faults`](Self::requeue_faults).
     pub(crate) fn poll_fault(&self) -> Option<BlockRange> {
         self.placed().find_map(|(volume, start)| {

@@ -89,6 +89,18 @@ impl Ownership {
         }
     }
 
+    /// The other site it names.
+    #[must_use]
+    pub fn peer(&self) -> Option<&SiteName> {
+        match self {
+            Self::Owner { .. } => None,
+            Self::Prepared { peer, .. }
+            | Self::Released { peer, .. }
+            | Self::Incoming { peer, .. }
+            | Self::Arriving { peer, .. } => Some(peer),
+        }
+    }
+
     /// Whether a guest may run here.
     #[must_use]
     pub fn owns(&self) -> bool {
