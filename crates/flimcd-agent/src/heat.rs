@@ -32,7 +32,7 @@ pub(crate) async fn keep(agent: Arc<Agent>) {
             _ = minute.tick() => {}
         }
         let hosted = agent.hosting.all();
-        let store = move || hosted.iter().for_each(|hosted| store(&hosted.volume()));
+        let store = move || hosted.iter().for_each(|hosted| store(hosted.volume()));
         if let Err(error) = tokio::task::spawn_blocking(store).await {
             tracing::error!("writing down what is hot failed: {error}");
         }
