@@ -41,6 +41,7 @@ pub(crate) enum Done {
     Owner(Epoch, Result<(), DiskError>),
     Refused(Epoch, Result<(), DiskError>),
     Completed(Result<(), DiskError>),
+    Sealed(wire::Seal, Result<(), DiskError>),
 }
 
 /// How a driver begins.
@@ -118,7 +119,10 @@ impl TargetDriver {
             let is_over = match self.machine.phase() {
                 // The source may not know yet; should the link break now, it asks again and is
                 // answered from the record.
-                TargetPhase::Complete | TargetPhase::Cancelled | TargetPhase::Failed => true,
+                TargetPhase::Complete
+                | TargetPhase::Cancelled
+                | TargetPhase::Failed
+                | TargetPhase::Sealed => true,
                 _ => false,
             };
             if is_over && self.base.is_quiet() {
@@ -249,6 +253,7 @@ impl TargetDriver {
                 self.machine.handle_refused(now, epoch, result);
             }
             Done::Completed(result) => self.machine.handle_completed(now, result),
+            Done::Sealed(seal, result) => self.machine.handle_sealed(now, seal, result),
         }
     }
 
@@ -306,6 +311,9 @@ impl TargetDriver {
     fn act(&mut self) {
         while let Some(action) = self.machine.poll_action() {
             self.start(action);
+        }
+        if let Some(seal) = self.machine.poll_seal() {
+            self.seal(seal);
         }
         // Not passed on to a job: the content is held or was dropped by the machine.
         self.credit = None;
@@ -427,6 +435,18 @@ impl TargetDriver {
                 // The driver is gone when the agent stops.
                 let _ = done.send(Done::Applied(id, result));
             });
+    }
+
+    /// Everything of one moment is here.
+    fn seal(&mut self, seal: wire::Seal) {
+        let (migration, peer) = (self.base.record.id, self.base.record.peer.clone());
+        let epoch = self.base.record.epoch;
+        self.base.status.switched_unix_ms = Some(seal.as_of_unix_ms);
+        self.record(move |volumes| {
+            let result = volumes.seal(epoch, migration, &peer, seal.as_of_unix_ms);
+            let what = "recording that the copy is whole";
+            Done::Sealed(seal, result.map_err(|error| disk_error(what, &error)))
+        });
     }
 
     fn become_owner(&mut self, epoch: Epoch, missing: BlockSet) {
