@@ -88,6 +88,10 @@ impl Policy for Chosen {
         self.policy.on_dirtied(run);
     }
 
+    fn on_outdated(&mut self, run: BlockRange) {
+        self.policy.on_outdated(run);
+    }
+
     fn on_read(&mut self, now: Time, range: BlockRange) {
         self.policy.on_read(now, range);
     }

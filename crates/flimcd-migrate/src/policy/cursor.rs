@@ -15,11 +15,6 @@ impl Cursor {
         self.rounds
     }
 
-    /// Where it is.
-    pub(super) fn position(&self) -> BlockIndex {
-        BlockIndex(self.at)
-    }
-
     /// Goes on from `block`.
     pub(super) fn jump(&mut self, block: BlockIndex) {
         self.at = block.0;

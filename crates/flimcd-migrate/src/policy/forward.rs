@@ -58,7 +58,7 @@ impl Forward {
     fn next_queued(&mut self, view: &View<'_>) -> Option<BlockRange> {
         while let Some(run) = self.queue.pop_front() {
             self.queued_blocks -= run.len();
-            let Some(found) = view.pending.next_run(run.start, run.end) else {
+                let Some(found) = view.pending.next_run(run.start, run.end) else {
                 continue;
             };
             let found = found.intersect(BlockIndex(found.start).chunk().blocks());
@@ -112,11 +112,7 @@ impl Policy for Forward {
             .then(|| (view.link.rate_or_default() * SLOW_SHARE) as u64)
     }
 
-    fn on_dirtied(&mut self, run: BlockRange) {
-        let is_over = self.bulk.rounds() > 0 || run.start < self.bulk.position().0;
-        if !is_over {
-            return;
-        }
+    fn on_outdated(&mut self, run: BlockRange) {
         if self.queue.len() < QUEUE_MAX {
             self.queued_blocks += run.len();
             self.queue.push_back(run);

@@ -179,6 +179,9 @@ pub trait Policy: Send {
     /// The guest at the source has written this.
     fn on_dirtied(&mut self, _run: BlockRange) {}
 
+    /// This has to go once more: the guest has written it after it was sent, or while it was on its way, or it was lost on it.
+    fn on_outdated(&mut self, _run: BlockRange) {}
+
     /// The guest has read this: at the source, or after the switch at the target, there or missing.
     fn on_read(&mut self, _now: Time, _range: BlockRange) {}
 

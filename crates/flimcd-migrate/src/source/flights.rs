@@ -46,6 +46,8 @@ pub(super) struct Flights {
     probing_blocks: u64,
     /// Flights that ended while they waited for it.
     forgotten: Vec<Seq>,
+    /// Runs of ended flights that have to go (again).
+    returned: Vec<BlockRange>,
     /// Acknowledged, not yet durable at the target.
     undurable: BTreeMap<Seq, BlockRange>,
     /// For every undurable block the flight that brought its newest content.
@@ -62,6 +64,7 @@ impl Flights {
             prepared_blocks: 0,
             probing_blocks: 0,
             forgotten: Vec::new(),
+            returned: Vec::new(),
             undurable: BTreeMap::new(),
             newest: BTreeMap::new(),
         }
@@ -107,6 +110,11 @@ impl Flights {
     /// Flights that ended while they waited for the target's answer, each once.
     pub(super) fn take_forgotten(&mut self) -> Vec<Seq> {
         std::mem::take(&mut self.forgotten)
+    }
+
+    /// Runs that were on their way and have to go (again), each once.
+    pub(super) fn take_returned(&mut self) -> Vec<BlockRange> {
+        std::mem::take(&mut self.returned)
     }
 
     /// Moves a flight on.
@@ -191,9 +199,11 @@ impl Flights {
             let again: Vec<_> = self.redirtied.runs_in(flight.range).collect();
             for run in again {
                 pending.insert_range(run);
+                self.returned.push(run);
             }
         } else {
             pending.insert_range(flight.range);
+            self.returned.push(flight.range);
         }
         self.redirtied.remove_range(flight.range);
         Some(flight)

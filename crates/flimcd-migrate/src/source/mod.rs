@@ -341,6 +341,16 @@ impl SourceMachine {
         for run in dirty.runs() {
             self.heat.written(run, now);
             self.policy.on_dirtied(run);
+            // What is pending already the target has not had.
+            let mut at = run.start;
+            while at < run.end {
+                let next = self.pending.next_run(at, run.end);
+                let next = next.unwrap_or(BlockRange::new(run.end, run.end));
+                if at < next.start {
+                    self.policy.on_outdated(BlockRange::new(at, next.start));
+                }
+                at = next.end;
+            }
         }
         if let Some(lacking) = &mut self.lacking {
             lacking.dirtied(dirty);
@@ -484,6 +494,9 @@ impl SourceMachine {
     fn advance(&mut self, now: Time) {
         if self.link == LinkState::Accepted && self.seeding.expire(now) {
             self.note("the target did not say in time what its library has; everything is sent");
+        }
+        for run in self.flights.take_returned() {
+            self.policy.on_outdated(run);
         }
         self.schedule(now);
         self.forget_ended();

@@ -268,6 +268,13 @@ impl SourceMachine {
         let mut arrived = Vec::new();
         self.flights
             .acknowledged(seqs, &mut self.pending, |range| arrived.push(range));
+        // What was written on its way has to go again.
+        for run in arrived
+            .iter()
+            .flat_map(|range| self.pending.runs_in(*range))
+        {
+            self.policy.on_outdated(run);
+        }
         if self.phase == SourcePhase::PreCopy && self.policy.writes() == Writes::Mirrored {
             // What was written again while it was on its way is still to come.
             let newest = (arrived.into_iter().flat_map(BlockRange::iter))
