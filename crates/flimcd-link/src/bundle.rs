@@ -213,7 +213,9 @@ impl Bundle {
             let mut more_follows = false;
             if lane.index >= BULK {
                 self.gather(lane, &mut frames);
-                more_follows = outbox.peek(self.generation, lane.index).is_some();
+                // Of a long frame one packet in many is not full, which is not worth a word to the kernel.
+                let is_small = frames.iter().map(Encoded::len).sum::<usize>() <= RECORD_BYTES;
+                more_follows = is_small && outbox.peek(self.generation, lane.index).is_some();
             }
             lane.write(&frames, more_follows, traffic).await?;
         }

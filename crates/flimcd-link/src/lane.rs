@@ -124,7 +124,6 @@ impl Lane {
             let is_blocked = {
                 let mut tls = self.tls();
                 done += push_plaintext(&mut tls, frames, done).map_err(LinkError::io)?;
-                let more_follows = more_follows || done < len;
                 self.push_records(&mut tls, more_follows, traffic)?
             };
             if done == len && !is_blocked {
