@@ -101,6 +101,7 @@ mod tests {
             is_write: false,
             offset,
             length,
+            content: None,
         }
     }
 
@@ -122,10 +123,10 @@ mod tests {
     #[test]
     fn requests_across_extents_stay_whole_where_they_can() {
         let across = record(9 * MIB - 1024, 4096);
-        let fold = Fold::new(&[across], 64 * MIB);
+        let fold = Fold::new(std::slice::from_ref(&across), 64 * MIB);
         assert_eq!(fold.map(&across), [(MIB - 1024, 4096)]);
         // With room for one extent only, the second part wraps.
-        let tight = Fold::new(&[across], MIB + 512);
+        let tight = Fold::new(std::slice::from_ref(&across), MIB + 512);
         assert_eq!(tight.map(&across), [(MIB - 1024, 1024), (0, 3072)]);
         assert!(tight.is_aliasing());
     }

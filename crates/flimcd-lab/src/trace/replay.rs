@@ -2,6 +2,7 @@
 
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
+use flimcd_core::BLOCK_SIZE;
 use serde::{Deserialize, Serialize};
 
 use super::{Fold, Trace, TraceRecord};
@@ -89,7 +90,7 @@ impl Replay {
             self.earlier += last.at + (last.at / count).max(Duration::from_micros(1));
             self.next = 0;
         }
-        let record = *self.records.get(self.next)?;
+        let record = self.records.get(self.next)?.clone();
         self.next += 1;
         Some(TraceRecord {
             at: self.earlier + record.at,
@@ -110,13 +111,17 @@ impl RequestSource for Replay {
         } else {
             DiskOp::Read
         };
+        // Bytes of the record that lie before this part.
+        let mut before = 0;
         for (offset, length) in self.fold.map(&record) {
+            let content = part_of(record.content.as_ref(), before, length);
+            before += length;
             self.queued.push_back(PlannedOp {
                 op,
                 offset,
                 length,
                 due,
-                content: None,
+                content,
             });
         }
         let every = self.options.flush_every_writes;
@@ -132,6 +137,22 @@ impl RequestSource for Replay {
         }
         self.queued.pop_front()
     }
+}
+
+/// The contents of a part of a request; none where the part is not of whole blocks.
+fn part_of(content: Option<&Arc<[u32]>>, before: u32, length: u32) -> Option<Arc<[u32]>> {
+    let content = content?;
+    let whole = content.len() as u64 * BLOCK_SIZE;
+    if before == 0 && u64::from(length) == whole {
+        return Some(Arc::clone(content));
+    }
+    let (start, length) = (u64::from(before), u64::from(length));
+    if !start.is_multiple_of(BLOCK_SIZE) || !length.is_multiple_of(BLOCK_SIZE) {
+        return None;
+    }
+    let index = |bytes: u64| usize::try_from(bytes / BLOCK_SIZE).ok();
+    let part = content.get(index(start)?..index(start + length)?)?;
+    Some(part.into())
 }
 
 #[cfg(test)]

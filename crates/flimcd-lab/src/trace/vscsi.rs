@@ -10,135 +10,51 @@
 //! | 16–23 | first sector of 512 bytes |
 //! | 24–31 | time in µs |
 
-use std::{io::Read, path::Path, time::Duration};
+use std::time::Duration;
 
-use flimcd_core::limits::{MAX_NBD_REQUEST_BYTES, MAX_VOLUME_BYTES};
+use super::{
+    Trace,
+    collect::{BadRecord, Collector},
+};
 
-use super::{SECTOR_BYTES, Trace, TraceError, TraceRecord, TraceSummary};
-
+pub(super) const FORMAT: &str = "CloudPhysics vscsi (32-byte little-endian records)";
 /// Bytes of a record.
 pub const RECORD_BYTES: usize = 32;
-/// Bad records that are described.
-const DESCRIBED_MAX: usize = 8;
-
-/// Reads a trace file.
-///
-/// # Errors
-/// [`TraceError`] when the file cannot be read or holds nothing usable. Bad records in between
-/// are counted and left out.
-pub fn read_file(path: &Path) -> Result<Trace, TraceError> {
-    let mut bytes = Vec::new();
-    std::fs::File::open(path)
-        .and_then(|mut file| file.read_to_end(&mut bytes))
-        .map_err(|source| TraceError::Read {
-            path: path.to_owned(),
-            source,
-        })?;
-    let trace = parse(&bytes);
-    if trace.records.is_empty() {
-        let TraceSummary {
-            bad_records: bad,
-            first_bad,
-            ..
-        } = trace.summary;
-        let first = first_bad
-            .into_iter()
-            .next()
-            .unwrap_or_else(|| "none".to_owned());
-        return Err(TraceError::Empty {
-            path: path.to_owned(),
-            bad,
-            first,
-        });
-    }
-    Ok(trace)
-}
 
 /// Reads a trace from memory. Never fails: what is no record is counted.
 #[must_use]
 pub fn parse(bytes: &[u8]) -> Trace {
-    let mut summary = TraceSummary::default();
-    let mut bad = |what: String| {
-        summary.bad_records += 1;
-        if summary.first_bad.len() < DESCRIBED_MAX {
-            summary.first_bad.push(what);
-        }
-    };
+    let mut collector = Collector::new(FORMAT);
     let (records, rest) = bytes.as_chunks::<RECORD_BYTES>();
-    let mut found = Vec::with_capacity(records.len());
     for (number, raw) in records.iter().enumerate() {
-        match record(raw) {
-            Ok(record) => found.push(record),
-            Err(problem) => bad(format!("record {number}: {problem}")),
+        if let Err(problem) = take(raw, &mut collector) {
+            collector.bad(&format!("record {number}"), &problem);
         }
     }
     if !rest.is_empty() {
-        bad(format!("{} bytes after the last whole record", rest.len()));
+        let problem = format!("{} bytes after the last whole record", rest.len());
+        collector.bad("end", &problem);
     }
-    let is_before = |pair: &&[TraceRecord]| pair[1].at < pair[0].at;
-    summary.out_of_order = found.windows(2).filter(is_before).count() as u64;
-    found.sort_by_key(|record| record.at);
-    let start = found.first().map_or(Duration::ZERO, |record| record.at);
-    for record in &mut found {
-        record.at -= start;
-        let length = u64::from(record.length);
-        summary.end_offset = summary.end_offset.max(record.offset + length);
-        if record.is_write {
-            summary.writes += 1;
-            summary.write_bytes += length;
-        } else {
-            summary.reads += 1;
-            summary.read_bytes += length;
-        }
-    }
-    summary.seconds = found.last().map_or(0.0, |record| record.at.as_secs_f64());
-    Trace {
-        records: found,
-        summary,
-    }
+    collector.finish()
 }
 
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
-enum BadRecord {
-    #[error("command {0:#x} is neither a read nor a write")]
-    Command(u16),
-    #[error(
-        "length {0} is not a positive multiple of {SECTOR_BYTES} up to {MAX_NBD_REQUEST_BYTES}"
-    )]
-    Length(u32),
-    #[error("sector {0} is beyond any disk")]
-    Sector(u64),
-}
-
-fn record(raw: &[u8; RECORD_BYTES]) -> Result<TraceRecord, BadRecord> {
+fn take(raw: &[u8; RECORD_BYTES], collector: &mut Collector) -> Result<(), BadRecord> {
     let u32_at = |at: usize| u32::from_le_bytes([raw[at], raw[at + 1], raw[at + 2], raw[at + 3]]);
     let u64_at = |at: usize| u64::from(u32_at(at)) | u64::from(u32_at(at + 4)) << 32;
-    let length = u32_at(4);
-    let command = u16::from_le_bytes([raw[12], raw[13]]);
-    let sector = u64_at(16);
-    let is_write = match command {
+    let is_write = match u16::from_le_bytes([raw[12], raw[13]]) {
         0x08 | 0x28 | 0xa8 | 0x88 => false,
         0x0a | 0x2a | 0xaa | 0x8a => true,
         other => return Err(BadRecord::Command(other)),
     };
-    if length == 0 || !length.is_multiple_of(SECTOR_BYTES) || length > MAX_NBD_REQUEST_BYTES {
-        return Err(BadRecord::Length(length));
-    }
-    if sector > MAX_VOLUME_BYTES / u64::from(SECTOR_BYTES) {
-        return Err(BadRecord::Sector(sector));
-    }
-    let offset = sector * u64::from(SECTOR_BYTES);
-    Ok(TraceRecord {
-        at: Duration::from_micros(u64_at(24)),
-        is_write,
-        offset,
-        length,
-    })
+    let at = Duration::from_micros(u64_at(24));
+    let (sector, bytes) = (u64_at(16), u64::from(u32_at(4)));
+    collector.push(at, is_write, (0, sector, bytes), None)
 }
 
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::trace::TraceRecord;
 
     /// A record as it stands in a file.
     pub(crate) fn raw(command: u16, length: u32, sector: u64, us: u64) -> Vec<u8> {
@@ -162,12 +78,14 @@ pub(super) mod tests {
             is_write: false,
             offset: 1 << 34,
             length: 4096,
+            content: None,
         };
         let write = TraceRecord {
             at: Duration::from_micros(50),
             is_write: true,
             offset: 4096,
             length: 512,
+            content: None,
         };
         assert_eq!(trace.records, [read, write]);
         let summary = trace.summary;

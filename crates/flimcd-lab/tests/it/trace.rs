@@ -1,11 +1,11 @@
-//! Recorded traces as loads. The recorded files are not part of the project: the test that reads
-//! one needs `FLIMCD_TRACES` to name a folder that holds `cloudphysics-first-hour.vscsi`.
+//! Recorded traces as loads. The recorded files are not part of the project: the tests that read
+//! one need `FLIMCD_TRACES` to name a folder that holds it.
 
-use std::path::PathBuf;
+use std::{collections::HashSet, io::Write as _, path::PathBuf};
 
 use flimcd_lab::{
-    load::{Baseline, Load, LoadOptions, LoadPhase, MemoryDisk, RequestSource},
-    trace::{Fold, Replay, ReplayOptions, SECTOR_BYTES, TraceError, vscsi},
+    load::{Baseline, Load, LoadOptions, LoadPhase, LoadStats, MemoryDisk, RequestSource, catalog},
+    trace::{Fold, Replay, ReplayOptions, SECTOR_BYTES, Trace, TraceError, read_file, vscsi},
 };
 use proptest::prelude::*;
 
@@ -13,49 +13,32 @@ use proptest::prelude::*;
 const AT_ONCE: f64 = 1e9;
 
 #[expect(clippy::print_stderr, reason = "a skipped test says so")]
-fn recorded() -> Option<PathBuf> {
+fn recorded(file: &str) -> Option<PathBuf> {
     let path = std::env::var_os("FLIMCD_TRACES")
-        .map(|folder| PathBuf::from(folder).join("cloudphysics-first-hour.vscsi"))
+        .map(|folder| PathBuf::from(folder).join(file))
         .filter(|path| path.exists());
     if path.is_none() {
-        eprintln!(
-            "SKIPPED: needs FLIMCD_TRACES to name a folder with cloudphysics-first-hour.vscsi"
-        );
+        eprintln!("SKIPPED: needs FLIMCD_TRACES to name a folder with {file}");
     }
     path
 }
 
-#[test]
-fn a_recorded_trace_replays_on_a_small_disk_without_a_wrong_read() {
-    let Some(path) = recorded() else { return };
-    let trace = vscsi::read_file(&path).unwrap();
-    assert_eq!(trace.summary.bad_records, 0, "{:?}", trace.summary);
-    assert_eq!(trace.records.len(), 55_918);
-    assert!(
-        (3500.0..3700.0).contains(&trace.summary.seconds),
-        "{:?}",
-        trace.summary
-    );
-
+/// Replays a trace once, as fast as it goes, on a disk in memory, with everything checked.
+fn replay_once(trace: Trace, granule: u32) -> LoadStats {
     let size = (256 << 20) + 1000;
     let original = (0..size)
         .map(|i| u8::try_from(i / 512 % 255 + 1).unwrap())
         .collect();
     let mut disk = MemoryDisk::new(original);
-    let baseline = Baseline::of_disk(&mut disk, SECTOR_BYTES).unwrap();
+    let baseline = Baseline::of_disk(&mut disk, granule).unwrap();
     let options = ReplayOptions {
         speed: AT_ONCE,
         is_repeating: false,
         ..ReplayOptions::default()
     };
     let replay = Replay::new(trace, baseline.size(), options);
-    let load = Load::start_with(
-        Box::new(disk),
-        baseline,
-        Box::new(replay),
-        LoadOptions::default(),
-    )
-    .unwrap();
+    let (disk, source) = (Box::new(disk), Box::new(replay));
+    let load = Load::start_with(disk, baseline, source, LoadOptions::default()).unwrap();
     while load.phase() != LoadPhase::Ended {
         std::thread::yield_now();
     }
@@ -66,22 +49,129 @@ fn a_recorded_trace_replays_on_a_small_disk_without_a_wrong_read() {
         "{:?}",
         stats.wrong
     );
+    let mut disk = load.pause().unwrap().disk.unwrap();
+    assert!(load.final_check(&mut *disk).unwrap().is_right());
+    stats
+}
+
+/// Share of the written blocks whose content was written before in the trace.
+fn duplicate_share(trace: &Trace) -> f64 {
+    let contents: Vec<u32> = trace
+        .records
+        .iter()
+        .filter_map(|record| record.content.as_deref())
+        .flatten()
+        .copied()
+        .collect();
+    let unique: HashSet<u32> = contents.iter().copied().collect();
+    1.0 - unique.len() as f64 / contents.len() as f64
+}
+
+#[test]
+fn mail_with_a_hash_per_block_is_read_and_its_contents_replayed() {
+    let Some(path) = recorded("mail.replay.0") else {
+        return;
+    };
+    let trace = read_file(&path).unwrap();
+    let summary = &trace.summary;
+    assert_eq!(
+        (summary.reads, summary.writes, summary.bad_records),
+        (107, 15, 0)
+    );
+    assert_eq!(summary.blocks_with_content, 16);
+    let share = duplicate_share(&trace);
+    assert!((0.2..0.7).contains(&share), "{share}");
+    replay_once(trace, 4096);
+}
+
+#[test]
+fn homes_with_a_hash_per_sector_is_read_and_its_contents_replayed() {
+    let Some(path) = recorded("homes.replay.0") else {
+        return;
+    };
+    let trace = read_file(&path).unwrap();
+    let summary = &trace.summary;
+    assert_eq!(
+        (summary.reads, summary.writes, summary.bad_records),
+        (2, 998, 0)
+    );
+    assert_eq!(summary.blocks_with_content, 998);
+    let share = duplicate_share(&trace);
+    eprintln!("duplicates: {share}");
+    replay_once(trace.clone(), 4096);
+    replay_once(trace, SECTOR_BYTES);
+}
+
+#[test]
+fn a_recorded_file_is_a_load_by_name() {
+    for (file, granule) in [
+        ("homes.replay.0", 4096),
+        ("mail.replay.0", 4096),
+        ("cloudphysics-first-hour.vscsi", 512),
+    ] {
+        let Some(path) = recorded(file) else { continue };
+        let name = format!("trace:{}", path.display());
+        let mut load = catalog::by_name(&name, 64 << 20, 1, 10.0).unwrap();
+        assert_eq!(load.granule, granule, "{}", load.describe);
+        let ops: Vec<_> = (0..2000).map_while(|_| load.requests.next_op()).collect();
+        assert_eq!(ops.len(), 2000);
+        assert!(ops.is_sorted_by_key(|op| op.due));
+        assert_eq!(ops.iter().any(|op| op.content.is_some()), granule == 4096);
+    }
+}
+
+#[test]
+fn a_specification_in_a_file_is_a_load_by_name() {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    let line = "'size,% of size,% reads,% random,delay,burst,align,reply";
+    for (name, numbers) in [
+        ("One", "8192,100,67,100,0,1,0,0"),
+        ("Two", "512,100,0,0,0,1,0,0"),
+    ] {
+        let head = "'ACCESS SPECIFICATIONS ==\n'Access specification name,default assignment";
+        writeln!(file, "{head}\n\t{name},NONE\n{line}\n\t{numbers}").unwrap();
+    }
+    let name = format!("trace:{}", file.path().display());
+    let load = |name: &str| catalog::by_name(name, 64 << 20, 1, 1.0);
+    assert_eq!(load(&name).unwrap().granule, 4096);
+    assert_eq!(load(&format!("{name}#Two")).unwrap().granule, 512);
+    let error = load(&format!("{name}#Three")).unwrap_err().to_string();
+    assert!(error.contains("One, Two"), "{error}");
+    let error = load("trace:/no/such/file").unwrap_err().to_string();
+    assert!(error.contains("/no/such/file"), "{error}");
+    let error = load("database").unwrap_err().to_string();
+    assert!(error.contains("iometer-database"), "{error}");
+}
+
+#[test]
+fn a_recorded_trace_replays_on_a_small_disk_without_a_wrong_read() {
+    let Some(path) = recorded("cloudphysics-first-hour.vscsi") else {
+        return;
+    };
+    let trace = read_file(&path).unwrap();
+    assert_eq!(trace.summary.bad_records, 0, "{:?}", trace.summary);
+    assert_eq!(trace.records.len(), 55_918);
+    assert!(
+        (3500.0..3700.0).contains(&trace.summary.seconds),
+        "{:?}",
+        trace.summary
+    );
+
+    let stats = replay_once(trace, SECTOR_BYTES);
     assert!(
         stats.reads.ops >= 22_327 && stats.writes.ops >= 33_591,
         "{stats:?}"
     );
-    let mut disk = load.pause().unwrap().disk.unwrap();
-    assert!(load.final_check(&mut *disk).unwrap().is_right());
 }
 
 #[test]
 fn files_that_are_no_trace_say_so() {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), [0xff; 100]).unwrap();
-    let error = vscsi::read_file(file.path()).unwrap_err();
+    let error = read_file(file.path()).unwrap_err();
     assert!(matches!(error, TraceError::Empty { bad: 4, .. }), "{error}");
     assert!(error.to_string().contains("command 0xffff"), "{error}");
-    let missing = vscsi::read_file("/no/such/file".as_ref()).unwrap_err();
+    let missing = read_file("/no/such/file".as_ref()).unwrap_err();
     assert!(missing.to_string().contains("/no/such/file"), "{missing}");
 }
 

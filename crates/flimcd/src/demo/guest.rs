@@ -9,7 +9,7 @@ use flimcd_lab::{
         Baseline, DiskOp, DiskRequest, GuestDisk, Load, LoadHandle, LoadOptions, Mail, NbdDisk,
         Synthetic,
     },
-    trace::{Replay, ReplayOptions, Trace, vscsi},
+    trace::{Replay, ReplayOptions, Trace, read_file},
 };
 use serde_json::json;
 
@@ -43,7 +43,7 @@ impl GuestPlan {
                         "give --speed a number above 0",
                     ));
                 }
-                let trace = vscsi::read_file(file)?;
+                let trace = read_file(file)?;
                 let replay = ReplayOptions {
                     speed: args.speed,
                     ..ReplayOptions::default()

@@ -4,8 +4,11 @@
 #[cfg(test)]
 mod check;
 mod layout;
+mod recorded;
 pub mod server;
 mod streams;
+
+use std::path::PathBuf;
 
 use super::{
     AccessSpec, LoadOptions, RequestSource, Synthetic,
@@ -13,6 +16,7 @@ use super::{
     arrivals::Paced,
     source::SyntheticSource,
 };
+use crate::trace::TraceError;
 use server::Server;
 use streams::ServerSource;
 
@@ -38,6 +42,8 @@ const RANDOM_RATE: f64 = 200.0;
 const IOMETER_RATE: f64 = 120.0;
 /// Share of the disk that is Iometer's test file, and where it starts.
 const IOMETER_AREA_SHARE: f64 = 0.25;
+/// Before the path of a trace.
+const TRACE: &str = "trace:";
 /// Requests that wait at most.
 const QUEUE_DEPTH: u32 = 32;
 
@@ -103,6 +109,19 @@ pub enum UnknownLoad {
         /// Of the disk.
         size_bytes: u64,
     },
+    /// The trace cannot be used.
+    #[error(transparent)]
+    Trace(#[from] TraceError),
+    /// There is no specification of this name.
+    #[error("{path} holds no access specification {wanted:?}; choose one of {}", found.join(", "))]
+    Specification {
+        /// The file.
+        path: PathBuf,
+        /// What was asked for.
+        wanted: String,
+        /// Names of those it holds.
+        found: Vec<String>,
+    },
 }
 
 /// The load of this name on a disk of `size_bytes`, `speed` times as fast as it says. The stream of requests
@@ -132,6 +151,7 @@ pub fn by_name(
         "mail" => server(&server::MAIL, size_bytes, seed, speed),
         "homes" => server(&server::HOMES, size_bytes, seed, speed),
         "web-vm" => server(&server::WEB_VM, size_bytes, seed, speed),
+        _ if name.starts_with(TRACE) => recorded::load(name, size_bytes, seed, speed)?,
         _ => {
             return Err(UnknownLoad::Name {
                 name: name.to_owned(),

@@ -8,7 +8,7 @@ use flimcd_core::VolumeName;
 use flimcd_lab::{
     load::{Baseline, LoadHandle, LoadPhase, Paused},
     sparse::copy_sparse,
-    trace::{Fold, ReplayOptions, Trace, vscsi},
+    trace::{Fold, ReplayOptions, Trace, read_file},
 };
 use serde_json::{Value, json};
 
@@ -44,7 +44,7 @@ async fn away_and_back(bench: &Bench<'_>, mut row: Row, trace: &Path) -> anyhow:
     let (from, to, file) = (base, image.clone(), trace.to_owned());
     let prepared = blocking(move || {
         copy_sparse(&from, &to).context("the image cannot be copied")?;
-        let trace = vscsi::read_file(&file)?;
+        let trace = read_file(&file)?;
         Ok((trace, Baseline::of_file(&to, GRANULE)?))
     });
     let (trace, baseline) = prepared.await?;
