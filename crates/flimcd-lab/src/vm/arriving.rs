@@ -1,4 +1,4 @@
-//! The machine that the target's agent starts, from what its configuration says.
+//! A machine that an agent starts when it arrives, from what its configuration says.
 
 use std::{
     fs,
@@ -31,6 +31,7 @@ pub struct Arriving {
     spec: QemuSpec,
     qemu: PathBuf,
     disks: usize,
+    side: Side,
     /// Where it was not the agent that started it.
     child: Mutex<Option<Child>>,
 }
@@ -71,7 +72,20 @@ impl Arriving {
     /// # Errors
     /// When its directory cannot be made.
     pub fn new(stage: &Stage) -> io::Result<Self> {
+        Self::at(stage, Side::B, "target")
+    }
+
+    /// The machine that comes back to where the stage's stood.
+    ///
+    /// # Errors
+    /// When its directory cannot be made.
+    pub fn returning(stage: &Stage) -> io::Result<Self> {
+        Self::at(stage, Side::A, "returned")
+    }
+
+    fn at(stage: &Stage, side: Side, dir: &str) -> io::Result<Self> {
         let mut spec = stage.target_spec(Vec::new());
+        spec.dir.set_file_name(dir);
         // How it is steered comes from the agent.
         spec.is_incoming = false;
         spec.is_paused = false;
@@ -80,11 +94,12 @@ impl Arriving {
             spec,
             qemu: stage.tools().qemu.clone(),
             disks: stage.source.spec().disks.len(),
+            side,
             child: Mutex::new(None),
         })
     }
 
-    /// What the target agent's configuration says about it: a `[[machine]]` table.
+    /// What the configuration of its site's agent says about it: a `[[machine]]` table.
     #[must_use]
     pub fn config(&self) -> String {
         // JSON's strings and lists are TOML's.
@@ -126,7 +141,7 @@ impl Arriving {
         }
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]).stdin(Stdio::null());
-        sites.put_in(Place::Site(Side::B), &mut command)?;
+        sites.put_in(Place::Site(self.side), &mut command)?;
         *lock(&self.child) = Some(command.spawn()?);
         Ok(())
     }
@@ -150,7 +165,7 @@ impl Arriving {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
-    /// The seconds of the load that the guest printed at the target.
+    /// The seconds of the load that the guest printed there.
     #[must_use]
     pub fn load_lines(&self) -> Vec<LoadLine> {
         self.serial().lines().filter_map(LoadLine::parse).collect()

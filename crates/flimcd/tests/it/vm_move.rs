@@ -4,6 +4,7 @@
 
 use std::{
     path::Path,
+    process::Command,
     sync::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -16,7 +17,7 @@ use flimcd_core::VolumeName;
 use flimcd_lab::{
     vm::{
         Agents, Arriving, ExtraDisk, GuestImage, GuestSpec, Layout, LoadSettings, Requirements,
-        Stage, StageOptions,
+        Stage, StageOptions, Storage,
     },
     wan::Side,
 };
@@ -33,6 +34,7 @@ static TURN: Mutex<()> = Mutex::new(());
 struct World {
     // Dropped in this order: a machine without the agent that serves its disks waits for it, also to end.
     arriving: Arriving,
+    returning: Arriving,
     agents: Agents,
     stage: Stage,
     client: Client,
@@ -99,9 +101,11 @@ impl World {
         };
         let stage = Stage::start(&tools, dir.path(), &image, &options).unwrap();
         let arriving = Arriving::new(&stage).unwrap();
+        let returning = Arriving::returning(&stage).unwrap();
         let program = Path::new(env!("CARGO_BIN_EXE_flimcd"));
         let config = machine(&arriving);
-        let agents = Agents::start(&stage.sites, dir.path(), program, ["", &config]).unwrap();
+        let back = returning.config();
+        let agents = Agents::start(&stage.sites, dir.path(), program, [&back, &config]).unwrap();
         let client = Client::new(agents.at(Side::A).api_socket());
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -117,6 +121,7 @@ impl World {
         Some(Self {
             agents,
             arriving,
+            returning,
             stage,
             client,
             vm,
@@ -299,6 +304,69 @@ fn two_disks_and_memory_move_under_load_and_are_released() {
     world.wait_released();
     world.agents.at(Side::B).kill();
     world.check_moved();
+}
+
+/// Runs the command line against the agent of site B; what it printed.
+fn flimcd_at_b(world: &World, arguments: &[&str]) -> String {
+    let socket = world.agents.at(Side::B).api_socket();
+    let done = Command::new(env!("CARGO_BIN_EXE_flimcd"))
+        .args(arguments)
+        .arg("--api")
+        .arg(socket)
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&done.stdout).into_owned();
+    let complaint = String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.success(), "{arguments:?}: {text}\n{complaint}");
+    text
+}
+
+#[test]
+fn a_machine_comes_back_over_its_copy_and_little_crosses() {
+    let Some(world) = World::new("200mbit,20ms", 1) else {
+        return;
+    };
+    world.ask("mark before 512");
+    world.begin(false);
+    let away = world.wait_end();
+    assert_eq!(away.phase, VmPhase::Completed, "{away:#?}");
+    let away = away.disks.unwrap();
+    world.ask("mark there 256");
+
+    let home = Agents::NAMES[0];
+    let disk = away.volumes[0].to_string();
+    flimcd_at_b(&world, &["plan", &disk, "--to", home, "--watch", "0"]);
+    let said = flimcd_at_b(&world, &["vm", "migrate", world.vm.as_str(), "--to", home]);
+    for part in [
+        "runs at",
+        "downtime",
+        "compressed",
+        "PLANNED",
+        "on the link",
+    ] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+    let there = Client::new(world.agents.at(Side::B).api_socket());
+    let back = world.runtime.block_on(there.vm_move(&world.vm)).unwrap();
+    assert_eq!(back.phase, VmPhase::Completed, "{back:#?}");
+    let back = back.disks.unwrap();
+    assert!(back.planned.is_some(), "{back:#?}");
+    // Two marks and some seconds of load, of an image of which it first took all.
+    assert!(
+        back.bytes_sent * 2 < away.bytes_sent,
+        "{} of {}",
+        back.bytes_sent,
+        away.bytes_sent
+    );
+    world.check_guest();
+    assert!(!world.returning.load_lines().is_empty());
+    world.arriving.wait_gone().unwrap();
+    let _ = world.stage.sites.ask_guest("poweroff");
+    world.returning.wait_gone().unwrap();
+    let Storage::File(image) = &world.stage.source.spec().disks[0].storage else {
+        panic!("the stage's disks are files");
+    };
+    world.stage.tools().check_file_system(image).unwrap();
 }
 
 #[test]

@@ -11,11 +11,11 @@ use crate::{
     commands::{
         client,
         follow::{End, Follow, Followed},
-        print_json,
+        plan, print_json,
     },
     format,
     outcome::{advise, interrupted},
-    progress::{Shown, line as disks_line},
+    progress::{Shown, by_kind, line as disks_line},
     units::parse_rate,
 };
 
@@ -269,6 +269,15 @@ pub(crate) fn summary(status: &VmMoveStatus) -> String {
             "  link      {} on it in all",
             format::bytes(disks.bytes_on_link)
         );
+        if let Some(kinds) = by_kind(disks) {
+            let _ = writeln!(text, "  {kinds}");
+        }
+        if let Some(table) = plan::beside(disks) {
+            let _ = write!(
+                text,
+                "what was planned for the disks, and what happened:\n{table}"
+            );
+        }
     }
     text
 }
