@@ -97,7 +97,8 @@ fn homes_with_a_hash_per_sector_is_read_and_its_contents_replayed() {
     );
     assert_eq!(summary.blocks_with_content, 998);
     let share = duplicate_share(&trace);
-    eprintln!("duplicates: {share}");
+    // As the hashes themselves count.
+    assert!((0.16..0.18).contains(&share), "{share}");
     replay_once(trace.clone(), 4096);
     replay_once(trace, SECTOR_BYTES);
 }
