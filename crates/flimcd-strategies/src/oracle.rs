@@ -176,7 +176,7 @@ fn misses<C>(setting: Setting, mut jobs: Vec<(f64, Job)>, accesses: &[Access<C>]
     let missed = after.filter(|access| {
         access.blocks.iter().any(|block| {
             late.get(&block.0)
-                .is_some_and(|&arrives| access.at_s < arrives)
+                .is_some_and(|&arrives| access.at_s <= arrives)
         })
     });
     missed.count() as u64
