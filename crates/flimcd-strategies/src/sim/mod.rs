@@ -22,6 +22,8 @@ mod guest;
 mod link;
 mod source;
 mod target;
+#[cfg(test)]
+mod tests;
 mod world;
 
 use std::time::Duration;
