@@ -96,12 +96,12 @@ pub fn parse(bytes: &[u8]) -> TraceFile {
     TraceFile::Requests(parse_lines(bytes, format))
 }
 
-/// Text has no control characters but line ends and tabs.
+/// Text has no control characters but line ends and tabs, and few others than ASCII (names of processes).
 fn is_binary(bytes: &[u8]) -> bool {
     let start = &bytes[..bytes.len().min(4096)];
-    start
-        .iter()
-        .any(|byte| byte.is_ascii_control() && !b"\t\r\n\x0c".contains(byte))
+    let is_control = |byte: &u8| byte.is_ascii_control() && !b"\t\r\n\x0c".contains(byte);
+    let other = start.iter().filter(|byte| !byte.is_ascii()).count();
+    start.iter().any(is_control) || other > start.len() / 2
 }
 
 fn lines(bytes: &[u8]) -> impl Iterator<Item = Cow<'_, str>> {

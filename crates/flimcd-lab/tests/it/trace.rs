@@ -5,7 +5,10 @@ use std::{collections::HashSet, io::Write as _, path::PathBuf};
 
 use flimcd_lab::{
     load::{Baseline, Load, LoadOptions, LoadPhase, LoadStats, MemoryDisk, RequestSource, catalog},
-    trace::{Fold, Replay, ReplayOptions, SECTOR_BYTES, Trace, TraceError, read_file, vscsi},
+    trace::{
+        Fold, Replay, ReplayOptions, SECTOR_BYTES, Trace, TraceError, TraceFile, parse, read_file,
+        vscsi,
+    },
 };
 use proptest::prelude::*;
 
@@ -203,6 +206,40 @@ proptest! {
         for op in (0..200).map_while(|_| replay.next_op()) {
             prop_assert!(op.offset + u64::from(op.length) <= size);
             prop_assert!(op.offset.is_multiple_of(512) && op.length.is_multiple_of(512));
+        }
+    }
+
+    #[test]
+    fn any_lines_parse_and_replay_within_the_disk(
+        lines in prop::collection::vec(
+            prop_oneof![
+                "[0-9]{1,20} [0-9] [a-z ]{1,9} [0-9]{1,20} [0-9]{1,9} [RWX] 6 0 [0-9a-f]{30,66}",
+                "[0-9]{1,20}[ ,]sd[a-c][ ,][0-9]{1,20} [0-9]{1,9} (R|W|trim)",
+                " 8,[01] 1 [0-9] [0-9]{1,3}\\.[0-9]{1,10} 7 [QDCG] (R|WS|D|FWS)( [0-9]{1,9} \\+ [0-9]{1,5})? \\[x\\]",
+                "'(ACCESS SPECIFICATIONS =|Access specification name|size,)",
+                "[0-9]{1,6}(,[0-9]{1,4}){6,8}",
+                "[ -~]{0,40}",
+            ],
+            0..40,
+        ),
+        size in 512u64..(8 << 20),
+    ) {
+        match parse(lines.join("\n").as_bytes()) {
+            TraceFile::Requests(trace) => {
+                let summary = &trace.summary;
+                let counted = summary.reads + summary.writes;
+                prop_assert_eq!(trace.records.len() as u64, counted);
+                let all = counted + summary.bad_records + summary.other_lines;
+                let empty = lines.iter().filter(|line| line.trim().is_empty()).count();
+                prop_assert_eq!(all, (lines.len() - empty) as u64, "{:?}", summary);
+                let mut replay = Replay::new(trace, size, ReplayOptions::default());
+                for op in (0..100).map_while(|_| replay.next_op()) {
+                    prop_assert!(op.offset + u64::from(op.length) <= size);
+                }
+            }
+            TraceFile::Specifications(file) => {
+                prop_assert!(file.specs.iter().all(|spec| !spec.lines.is_empty()));
+            }
         }
     }
 }
