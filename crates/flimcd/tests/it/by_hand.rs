@@ -7,13 +7,13 @@ use serde_json::Value;
 
 use crate::util::{Agent, Lab, flimcd, signal, until};
 
-fn connect(agent: &Agent, volume: &str) -> NbdDisk {
+pub(crate) fn connect(agent: &Agent, volume: &str) -> NbdDisk {
     let export = agent.json(&["export", volume, "--json"]);
     let socket = Path::new(export["socket"].as_str().unwrap());
     NbdDisk::connect(socket, export["export"].as_str().unwrap()).unwrap()
 }
 
-fn ask(
+pub(crate) fn ask(
     disk: &mut dyn GuestDisk,
     op: DiskOp,
     offset: u64,

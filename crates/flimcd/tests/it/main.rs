@@ -4,6 +4,7 @@
 mod bench_content;
 mod by_hand;
 mod demo;
+mod heat;
 mod library;
 mod messages;
 mod util;

@@ -229,7 +229,7 @@ mod tests {
         let text = text(&report(picture.cells()), &picture);
         for part in [
             "vm, 1.00 GiB: averages of the last 87.0 s",
-            "1\u{202f}234",
+            "1\u{202f}235",
             "64.0 MiB (6.25%)",
             "268435456",
             "4.00 KiB/s",
