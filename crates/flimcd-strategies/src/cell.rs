@@ -126,7 +126,8 @@ pub struct Bound {
     pub bytes: u64,
     /// Least seconds from the request until the source is not needed.
     pub seconds: f64,
-    /// Least misses at that bandwidth, when switching where the run did.
+    /// Misses at that bandwidth when switching where the run did and sending by earliest deadline. Not always the least: where not
+    /// everything can be in time, another choice of what is late can have fewer.
     pub misses: u64,
 }
 

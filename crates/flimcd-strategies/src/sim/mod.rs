@@ -14,6 +14,8 @@
 //!   for is a millisecond of the wire and the bottleneck's queue. No slow start.
 //! * Disks: 0.1 ms for a request and 1 GB/s for the migration's reads and writes, one after the other; the guest's requests do not
 //!   wait for those. Packing and hashing take no time.
+//! * `requests_per_sec_alone` is what was due in the same time and not a run of its own: it is too high for a load that asks for more
+//!   than the disk could do without a migration. Latencies count from when a request is made, not from when it was due.
 //! * A replica is one whose changes are known ([`flimcd_wire::Base::Known`]).
 
 mod content;
