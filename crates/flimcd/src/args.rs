@@ -53,6 +53,8 @@ pub(crate) enum Command {
     Library(LibraryArgs),
     /// Copies that stayed here of volumes that have moved away
     Replica(ReplicaArgs),
+    /// Keep a replica of a volume up to date at another site
+    Replicate(crate::commands::replicate::ReplicateArgs),
     /// Show what is hot in a volume, as numbers and as a picture
     Heat(HeatArgs),
     /// Print the socket that a guest finds a volume at
@@ -276,6 +278,25 @@ The volume itself, at the site that owns it, is not touched. When it comes back,
         /// Leave the image file
         #[arg(long)]
         keep_image: bool,
+        #[command(flatten)]
+        api: ApiArgs,
+    },
+    /// Put a replica that was being updated back to its last consistent moment
+    #[command(after_help = "\
+Examples:
+  flimcd replica restore vm-1
+
+For a replica that `flimcd replicate` keeps here, when the site that owns the volume is lost. The image is then the disk as it was \
+at that moment, as after a loss of power. To use it, `flimcd replica drop vm-1 --keep-image` and import the image.")]
+    Restore {
+        /// Name of the volume
+        name: VolumeName,
+        /// Although the site that owns the volume is connected
+        #[arg(long)]
+        force: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
         #[command(flatten)]
         api: ApiArgs,
     },

@@ -43,6 +43,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Volume(args) => commands::block_on(commands::volume::run(&args)),
         Command::Vm(args) => commands::block_on(commands::vm::run(&args)),
         Command::Replica(args) => commands::block_on(commands::replica::run(&args)),
+        Command::Replicate(args) => commands::block_on(commands::replicate::run(&args)),
         Command::Library(args) => commands::block_on(commands::library::run(&args)),
         Command::Heat(args) => commands::block_on(commands::heat::run(&args)),
         Command::Export(args) => commands::block_on(commands::volume::export(&args)),

@@ -19,6 +19,7 @@ mod plan;
 mod proxy;
 mod refuse;
 mod replica;
+mod replicate;
 mod site;
 
 /// Not a test: the agent that the crash tests start as a process of its own and kill.

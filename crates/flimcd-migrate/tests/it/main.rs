@@ -5,6 +5,7 @@ mod handover;
 mod links;
 mod pair;
 mod probes;
+mod seal;
 mod seeds;
 mod store;
 mod strategies;

@@ -11,9 +11,9 @@ use flimcd_core::{
     Time, VolumeId, VolumeSize,
 };
 use flimcd_migrate::{
-    DiskError, LinkEstimate, SeedChoice, SourceAction, SourceConfig, SourceEvent, SourceMachine,
-    SourcePhase, SourceRecord, SourceStart, Switchover, TargetAction, TargetConfig, TargetEvent,
-    TargetMachine, TargetPhase, TargetStart, policy,
+    DiskError, LinkEstimate, SealLimits, SeedChoice, SourceAction, SourceConfig, SourceEvent,
+    SourceMachine, SourcePhase, SourceRecord, SourceStart, Switchover, TargetAction, TargetConfig,
+    TargetEvent, TargetMachine, TargetPhase, TargetStart, policy,
 };
 use flimcd_wire::{
     Base, Blocks, ChunkPrefix, Class, Content, HeatPart, Message, Runs, SampleChunk, SeedId,
@@ -28,6 +28,13 @@ pub(crate) const BLOCKS: u64 = 64;
 pub(crate) const DELAY: Duration = Duration::from_millis(10);
 /// Between two messages of one lane.
 const PACE: Duration = Duration::from_micros(200);
+
+/// Little enough for several rounds.
+const SEAL_LIMITS: SealLimits = SealLimits {
+    bytes: 8 * BLOCK_SIZE,
+    bytes_max: BLOCKS * BLOCK_SIZE,
+    patience: Duration::from_secs(1),
+};
 
 /// No test takes so long.
 const ENDLESS: Duration = Duration::from_secs(3600);
@@ -93,6 +100,12 @@ pub(crate) struct Pair {
     pub(crate) acked: Vec<BlockRange>,
     /// What the target was told to be hot.
     pub(crate) heat: Vec<HeatPart>,
+    /// It is an increment of a replica.
+    replicates: bool,
+    /// The source's volume when its guest stood last.
+    pub(crate) frozen: Option<Vec<u64>>,
+    /// The target's volume when it became a copy of one moment.
+    pub(crate) sealed: Option<Vec<u64>>,
     pub(crate) source_events: Vec<SourceEvent>,
     pub(crate) target_events: Vec<TargetEvent>,
 }
@@ -204,6 +217,9 @@ impl Pair {
             mirrors: false,
             acked: Vec::new(),
             heat: Vec::new(),
+            replicates: false,
+            frozen: None,
+            sealed: None,
             source_events: Vec::new(),
             target_events: Vec::new(),
         }
@@ -239,6 +255,15 @@ impl Pair {
         pair.source = source(strategy, 1, start, Time::ZERO);
         pair.target = target_on(2, TargetStart::Fresh, base, Time::ZERO);
         pair.arrived = copy;
+        pair
+    }
+
+    /// An increment of a replica, with the link up.
+    pub(crate) fn replicating(strategy: &'static str) -> Self {
+        let mut pair = Self::new(strategy);
+        pair.replicates = true;
+        pair.source.replicate(SEAL_LIMITS);
+        pair.link_up();
         pair
     }
 
@@ -320,6 +345,9 @@ impl Pair {
         if self.seed.is_some() {
             self.set_sample();
         }
+        if self.replicates {
+            self.source.replicate(SEAL_LIMITS);
+        }
         self.source
             .handle_switchover(self.now, Switchover::WhenReady);
     }
@@ -330,6 +358,7 @@ impl Pair {
         self.known.clear();
         self.waiting.clear();
         let stage = match (self.owner, self.complete) {
+            _ if self.sealed.is_some() => TargetStage::Complete(Epoch(2)),
             (Some(epoch), true) => TargetStage::Complete(epoch),
             (Some(epoch), false) => TargetStage::Owner(epoch),
             (None, _) => TargetStage::Incoming,
@@ -404,6 +433,17 @@ impl Pair {
             while let Some(action) = self.target.poll_action() {
                 calm = false;
                 self.target_action(action);
+            }
+            if self.source.poll_capture().is_some() {
+                calm = false;
+                assert!(!self.serving, "captured while the guest writes");
+                self.frozen = Some(self.image.clone());
+                self.source.handle_captured(self.now, 7, Ok(()));
+            }
+            if let Some(seal) = self.target.poll_seal() {
+                calm = false;
+                self.sealed = Some(self.arrived.clone());
+                self.target.handle_sealed(self.now, seal, Ok(()));
             }
             if !self.is_slow {
                 for action in std::mem::take(&mut self.waiting_applies) {
@@ -517,9 +557,14 @@ impl Pair {
                 probe,
                 ..
             } => {
-                self.dirty.remove_range(range);
                 let at = |block| usize::try_from(block).unwrap();
-                let values = self.image[at(range.start)..at(range.end)].to_vec();
+                let image = if self.source.reads_capture() {
+                    self.frozen.as_ref().expect("captured before it is read")
+                } else {
+                    self.dirty.remove_range(range);
+                    &self.image
+                };
+                let values = image[at(range.start)..at(range.end)].to_vec();
                 let read = Read::new(range, values, &same);
                 match read.probe(seq).filter(|_| probe) {
                     Some(probe) => {

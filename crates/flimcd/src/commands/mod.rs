@@ -3,6 +3,7 @@
 pub(crate) mod agent;
 pub(crate) mod bench;
 pub(crate) mod bench_content;
+pub(crate) mod bench_strategies;
 pub(crate) mod bench_vm;
 pub(crate) mod check;
 pub(crate) mod follow;
@@ -13,6 +14,7 @@ pub(crate) mod pki;
 pub(crate) mod plan;
 pub(crate) mod predicted;
 pub(crate) mod replica;
+pub(crate) mod replicate;
 pub(crate) mod sim;
 pub(crate) mod status;
 pub(crate) mod vm;

@@ -38,6 +38,29 @@ pub(crate) async fn run(args: &ReplicaArgs) -> anyhow::Result<ExitCode> {
                 println!("dropped the copy of {name}; its image {image} stays");
             }
         }
+        ReplicaCommand::Restore {
+            name,
+            force,
+            json,
+            api,
+        } => {
+            let restored = client(api).restore_replica(name, *force).await?;
+            let moment = UNIX_EPOCH + Duration::from_millis(restored.consistent_unix_ms);
+            let age =
+                (SystemTime::now().duration_since(moment)).map_or_else(|_| "0 s".to_owned(), ago);
+            if *json {
+                print_json(&restored)?;
+            } else {
+                println!(
+                    "{name} is as it was {age} ago ({} put back); its image is {}",
+                    format::bytes(restored.blocks * 4096),
+                    restored.image.display()
+                );
+                println!(
+                    "to use it: flimcd replica drop {name} --keep-image, then import the image"
+                );
+            }
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
