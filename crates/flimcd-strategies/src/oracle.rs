@@ -258,7 +258,13 @@ mod tests {
         for _ in 0..300 {
             #[expect(clippy::cast_precision_loss, reason = "small")]
             let mut accesses: Vec<_> = (0..4)
-                .map(|block| write(5.0 + below(50) as f64 / 10.0, block, 50 + block as u32))
+                .map(|block| {
+                    write(
+                        5.0 + below(50) as f64 / 10.0,
+                        block,
+                        50 + u32::try_from(block).unwrap(),
+                    )
+                })
                 .collect();
             accesses.sort_by(|a, b| a.at_s.total_cmp(&b.at_s));
             #[expect(clippy::cast_precision_loss, reason = "small")]

@@ -2,7 +2,10 @@
 
 use std::{ops::Range, path::PathBuf};
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{
+    Args, Parser, Subcommand, ValueEnum,
+    builder::{PossibleValuesParser, TypedValueParser},
+};
 use clap_complete::Shell;
 use flimcd_agent::api::Strategy;
 use flimcd_core::{SiteName, VolumeName};
@@ -454,8 +457,8 @@ pub(crate) struct MigrateArgs {
     #[arg(long, value_name = "SITE")]
     pub(crate) to: SiteName,
     /// How to go about it
-    #[arg(long, value_enum, default_value_t = StrategyArg::Flimcd)]
-    pub(crate) strategy: StrategyArg,
+    #[arg(long, value_parser = strategy(), default_value_t)]
+    pub(crate) strategy: Strategy,
     /// Ceiling for all that goes to this site: 50mbit, 6MB/s…
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub(crate) bandwidth: Option<u64>,
@@ -484,25 +487,10 @@ pub(crate) struct MigrateArgs {
     pub(crate) api: ApiArgs,
 }
 
-/// A strategy, on the command line.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum StrategyArg {
-    /// Everything, then rounds of what got dirty, then stop and copy
-    Precopy,
-    /// Switch at once, then fetch on demand and push the rest
-    Postcopy,
-    /// Copy what is not hot, switch when it is cheapest, fetch the rest
-    Flimcd,
-}
-
-impl From<StrategyArg> for Strategy {
-    fn from(arg: StrategyArg) -> Self {
-        match arg {
-            StrategyArg::Precopy => Self::Precopy,
-            StrategyArg::Postcopy => Self::Postcopy,
-            StrategyArg::Flimcd => Self::Flimcd,
-        }
-    }
+/// Takes the name of a strategy.
+pub(crate) fn strategy() -> impl TypedValueParser<Value = Strategy> {
+    PossibleValuesParser::new(Strategy::ALL.map(Strategy::name))
+        .try_map(|name| name.parse::<Strategy>())
 }
 
 /// When the switch may come, on the command line.
@@ -629,6 +617,8 @@ Examples:\n  flimcd bench nbd\n  flimcd bench nbd --dir /var/tmp --size 4GiB --j
     Vm(crate::commands::bench_vm::BenchVmArgs),
     /// What of an image need not be sent, beside rsync, qemu-img and pre-copy
     Content(crate::commands::bench_content::BenchContentArgs),
+    /// Every strategy on the same engine, link and load, in virtual time
+    Strategies(crate::commands::bench_strategies::BenchStrategiesArgs),
     /// The server that `bench nbd` measures, in a process of its own
     #[command(
         hide = true,

@@ -39,7 +39,8 @@ pub(super) fn hash(
         };
         let mut out = left_out.iter().copied().peekable();
         for (block, content) in (part.start..part.end).zip(content.chunks(block_bytes)) {
-            if block > ask.range.start && (block - ask.range.start) % ask.piece_blocks == 0 {
+            if block > ask.range.start && (block - ask.range.start).is_multiple_of(ask.piece_blocks)
+            {
                 pieces.hashes.push(Fingerprint::over(&blocks));
                 blocks.clear();
             }

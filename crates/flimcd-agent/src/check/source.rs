@@ -210,7 +210,7 @@ impl Checker {
             self.compare(questions, &part).await?;
             questions.open.pop_front();
             questions.answered += 1;
-            if questions.answered % REPORT_EVERY == 0 {
+            if questions.answered.is_multiple_of(REPORT_EVERY) {
                 self.agent.note_check(self.migration, self.status.clone());
             }
         }

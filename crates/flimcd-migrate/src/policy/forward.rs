@@ -4,7 +4,7 @@
 //! QEMU's mirror job does with `copy-mode=write-blocking`: such a write is answered when both sides have it.
 //! `forward-writes`: Bradford et al., "Live wide-area migration of virtual machines including local persistent state", VEE 2007:
 //! it is answered at once and follows as a delta; writers are slowed down while deltas stand in line for more than
-//! [`BACKLOG_MAX`].
+//! [`BACKLOG_MAX`], and at the end until what is left fits the downtime.
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -58,7 +58,7 @@ impl Forward {
     fn next_queued(&mut self, view: &View<'_>) -> Option<BlockRange> {
         while let Some(run) = self.queue.pop_front() {
             self.queued_blocks -= run.len();
-                let Some(found) = view.pending.next_run(run.start, run.end) else {
+            let Some(found) = view.pending.next_run(run.start, run.end) else {
                 continue;
             };
             let found = found.intersect(BlockIndex(found.start).chunk().blocks());
@@ -102,7 +102,9 @@ impl Policy for Forward {
         } else {
             BACKLOG_MAX
         };
-        self.is_slow = backlog_s > limit.as_secs_f64();
+        // After the pass over the disk only the deltas stand between the guest and the switch.
+        let is_last = self.bulk.rounds() > 0 && !fits_downtime(view);
+        self.is_slow = is_last || backlog_s > limit.as_secs_f64();
         #[expect(
             clippy::cast_possible_truncation,
             clippy::cast_sign_loss,

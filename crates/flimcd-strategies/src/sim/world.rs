@@ -264,11 +264,19 @@ impl World {
                 self.figures.tick(time, phase, bytes, misses);
             }
             self.happen(event);
-            if self.error.is_some() || self.ended_at.is_some() {
+            if self.error.is_some() || self.is_over() {
                 return;
             }
         }
         self.fail("nothing is left to happen".to_owned());
+    }
+
+    /// The migration has ended, and whoever waited for it has been answered.
+    fn is_over(&self) -> bool {
+        self.ended_at.is_some_and(|ended| {
+            let mut waiting = self.guest.in_flight.values();
+            waiting.all(|request| request.issued > ended)
+        })
     }
 
     fn happen(&mut self, event: Event) {
@@ -500,7 +508,8 @@ impl World {
         let Some(request) = self.guest.in_flight.remove(&number) else {
             return;
         };
-        if self.now >= self.begin {
+        let is_of_it = self.ended_at.is_none_or(|ended| request.issued <= ended);
+        if self.now >= self.begin && is_of_it {
             let after = self.resumed_at.is_some();
             self.figures
                 .answered(self.now, request.issued, request.writes(), after);
@@ -558,7 +567,11 @@ impl World {
 
     /// Requests that were due by now and not even made.
     pub(super) fn overdue(&mut self) -> u64 {
-        self.guest.overdue(self.now) + self.guest.in_flight.len() as u64
+        let end = self.ended_at.unwrap_or(self.now);
+        let unanswered = self.guest.in_flight.values();
+        let unanswered = unanswered.filter(|request| request.due <= end);
+        let unanswered = unanswered.count() as u64;
+        self.guest.overdue(end) + unanswered
     }
 
     /// Every block that the guest wrote is at the target as it was written last, and so are the others, of which a volume of more

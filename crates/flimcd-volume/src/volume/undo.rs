@@ -442,3 +442,123 @@ impl Volume {
         Ok((consistent, blocks))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::{FileDevice, OpenOptions as ImageOptions};
+
+    const BLOCKS: u64 = 64;
+    const BYTES: usize = 64 * 4096 - 100;
+
+    fn consistent(migration: u64) -> Consistent {
+        Consistent {
+            migration: MigrationId(migration),
+            as_of_unix_ms: 77,
+            undo: true,
+        }
+    }
+
+    fn old() -> Vec<u8> {
+        let mut bytes: Vec<u8> = (0..BYTES)
+            .map(|at| u8::try_from(at / 4096 + 1).unwrap())
+            .collect();
+        bytes[5 * 4096..9 * 4096].fill(0);
+        bytes
+    }
+
+    fn device(path: &Path) -> FileDevice {
+        FileDevice::open(path, &ImageOptions::default()).unwrap()
+    }
+
+    fn run(start: u64, end: u64) -> BlockRange {
+        BlockRange::new(start, end)
+    }
+
+    /// Writes over some of an image, with what stood there kept; returns the journal's length after each step.
+    fn write_over(dir: &Path) -> (Undo, Vec<u64>) {
+        let image = dir.join("image");
+        fs::write(&image, old()).unwrap();
+        let device = device(&image);
+        let undo = Undo::create(&dir.join(FILE), &consistent(3), device.size()).unwrap();
+        let mut lengths = vec![undo.bytes()];
+        for (number, range) in (200u8..).zip([
+            run(4, 7),
+            run(0, 10),
+            run(60, BLOCKS),
+            run(2, 3),
+            run(30, 40),
+        ]) {
+            undo.keep(&device, &[range]).unwrap();
+            let bytes = range.bytes(device.size());
+            let new = vec![number; usize::try_from(bytes.len()).unwrap()];
+            device.write_at(bytes.start, &new).unwrap();
+            lengths.push(undo.bytes());
+        }
+        device.sync_data().unwrap();
+        (undo, lengths)
+    }
+
+    #[test]
+    fn what_stood_there_comes_back_as_often_as_it_is_asked_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let (undo, _) = write_over(dir.path());
+        let size = undo.size;
+        drop(undo);
+        for _ in 0..2 {
+            let undo = Undo::open(&dir.path().join(FILE), &consistent(3), size).unwrap();
+            let device = device(&dir.path().join("image"));
+            assert_eq!(undo.roll_back(&device).unwrap(), 10 + 4 + 10);
+            device.sync_data().unwrap();
+            drop(device);
+            assert_eq!(fs::read(dir.path().join("image")).unwrap(), old());
+        }
+    }
+
+    #[test]
+    fn a_journal_of_another_moment_or_with_a_damaged_header_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let (undo, _) = write_over(dir.path());
+        let path = dir.path().join(FILE);
+        assert!(Undo::open(&path, &consistent(4), undo.size).is_err());
+        let good = fs::read(&path).unwrap();
+        for at in 0..HEADER {
+            let mut bad = good.clone();
+            bad[at] ^= 4;
+            fs::write(&path, &bad).unwrap();
+            assert!(
+                Undo::open(&path, &consistent(3), undo.size).is_err(),
+                "{at}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_torn_end_is_of_blocks_that_nobody_has_written_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let (undo, lengths) = write_over(dir.path());
+        let size = undo.size;
+        let good = fs::read(dir.path().join(FILE)).unwrap();
+        let last = usize::try_from(lengths[lengths.len() - 2]).unwrap();
+        // Power fails while the note of the last write is on its way: that write was not begun.
+        let whole: Vec<u8> = old();
+        for cut in (last..good.len()).step_by(997) {
+            let path = dir.path().join(FILE);
+            fs::write(&path, &good[..cut]).unwrap();
+            let image = dir.path().join("image");
+            let mut written = fs::read(&image).unwrap();
+            written[30 * 4096..40 * 4096].copy_from_slice(&whole[30 * 4096..40 * 4096]);
+            fs::write(&image, &written).unwrap();
+            let undo = Undo::open(&path, &consistent(3), size).unwrap();
+            let device = device(&image);
+            undo.roll_back(&device).unwrap();
+            device.sync_data().unwrap();
+            drop(device);
+            assert_eq!(fs::read(&image).unwrap(), whole, "cut at {cut}");
+            // And it goes on from there.
+            let device = self::device(&image);
+            undo.keep(&device, &[run(30, 40)]).unwrap();
+            assert_eq!(undo.bytes(), good.len() as u64);
+        }
+    }
+}

@@ -63,6 +63,7 @@ pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         BenchCommand::Content(args) => super::bench_content::run(args),
+        BenchCommand::Strategies(args) => super::bench_strategies::run(args),
         BenchCommand::NbdServe { image, socket } => {
             nbd::serve(image, socket)?;
             Ok(ExitCode::SUCCESS)

@@ -21,7 +21,7 @@ pub(crate) async fn run(args: &MigrateArgs) -> anyhow::Result<ExitCode> {
     let client = client(&args.api);
     let request = MigrateRequest {
         to: args.to.clone(),
-        strategy: args.strategy.into(),
+        strategy: args.strategy,
         bandwidth_bytes_per_sec: args.bandwidth,
         switchover: match args.switchover {
             SwitchoverArg::Auto => Switchover::Auto,

@@ -128,7 +128,7 @@ impl World {
             }
             Step::Acknowledge => {
                 self.flights
-                    .acknowledged(&self.received, &mut self.pending, |_| ())
+                    .acknowledged(&self.received, &mut self.pending, |_| ());
             }
             Step::Sync => {
                 self.flights

@@ -46,7 +46,7 @@ pub(crate) struct MigrateArgs {
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     bandwidth: Option<u64>,
     /// How the disks go
-    #[arg(long, value_name = "STRATEGY", default_value = "flimcd")]
+    #[arg(long, value_parser = crate::args::strategy(), default_value_t)]
     strategy: Strategy,
     /// Have the target give the disks back as plain files once it has all of them
     #[arg(long)]
