@@ -88,6 +88,9 @@ pub(crate) struct BenchStrategiesArgs {
     /// Write everything to a file, as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Leave curves and disks out of the JSON
+    #[arg(long, requires = "json")]
+    brief: bool,
     /// Write tables and pictures to a file, as a page that needs nothing else
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
@@ -123,12 +126,18 @@ pub(crate) fn run(args: &BenchStrategiesArgs) -> anyhow::Result<ExitCode> {
         .context("cannot start")?;
     let stop = AtomicBool::new(false);
     let results = run_cells(&cells, &stop, &runtime);
-    let results: Vec<CellResult> = results?.into_iter().flatten().collect();
+    let mut results: Vec<CellResult> = results?.into_iter().flatten().collect();
     print!("{}", table(&results));
     if let Some(file) = &args.html {
         write(file, html(&results).as_bytes())?;
     }
     if let Some(file) = &args.json {
+        if args.brief {
+            for result in &mut results {
+                result.samples.clear();
+                result.regions.clear();
+            }
+        }
         let json = serde_json::to_vec_pretty(&Report::new(results)).context("making JSON")?;
         write(file, &json)?;
     }

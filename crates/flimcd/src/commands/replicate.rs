@@ -59,6 +59,7 @@ pub(crate) struct ReplicateArgs {
 #[derive(Debug, Subcommand)]
 pub(crate) enum ReplicateCommand {
     /// Show all replicas that are kept from here
+    #[command(after_help = "Examples:\n  flimcd replicate list\n  flimcd replicate list --json")]
     List {
         /// Print JSON
         #[arg(long)]
@@ -67,6 +68,7 @@ pub(crate) enum ReplicateCommand {
         api: ApiArgs,
     },
     /// Keep a replica no more; what is there stays
+    #[command(after_help = "Examples:\n  flimcd replicate stop vm1")]
     Stop {
         /// Name of the volume
         volume: VolumeName,

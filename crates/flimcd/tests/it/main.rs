@@ -2,6 +2,7 @@
 #![allow(clippy::print_stderr, reason = "skipped tests say so")]
 
 mod bench_content;
+mod bench_strategies;
 mod by_hand;
 mod demo;
 mod heat;

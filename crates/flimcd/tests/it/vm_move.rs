@@ -359,7 +359,11 @@ fn a_machine_comes_back_over_its_copy_and_little_crosses() {
         away.bytes_sent
     );
     world.check_guest();
-    assert!(!world.returning.load_lines().is_empty());
+    let start = Instant::now();
+    while world.returning.load_lines().is_empty() {
+        assert!(start.elapsed() < PATIENCE, "the guest does not run at home");
+        std::thread::sleep(POLL);
+    }
     world.arriving.wait_gone().unwrap();
     let _ = world.stage.sites.ask_guest("poweroff");
     world.returning.wait_gone().unwrap();
